@@ -1,0 +1,38 @@
+"""Activation checkpointing that leaves the running statistics of BatchNorm alone.
+
+`torch.utils.checkpoint` runs a block's forward a second time in the backward pass, which would update the running mean
+and variance of its BatchNorms twice per step and so change what the model predicts at evaluation.
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """Runs `blocks` on x, keeping only each block's input for the backward pass. Same shapes as `blocks(x)`."""
+    for block in blocks:
+        if torch.compiler.is_compiling():
+            # The compiler recomputes inside its own graph, where buffers are written once.
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = checkpoint(
+                block, x, use_reentrant=False, context_fn=lambda b=block: (nullcontext(), frozen_running_stats(b))
+            )
+    return x
+
+
+@contextmanager
+def frozen_running_stats(module: nn.Module):
+    """Inside, BatchNorms of `module` in training mode normalise by the batch but do not update running statistics."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,56 @@
+"""The model that a config describes."""
+
+import difflib
+
+import timm
+from torch import nn
+
+from .strip_mlp import StripMLP
+
+
+def build_model(config) -> nn.Module:
+    """Builds `config.MODEL` on the CPU in float32.
+
+    `MODEL.TYPE: strip_mlp_layer` gives a `StripMLP` from `MODEL.STRIP_MLP`; `MODEL.TYPE: timm` the timm model
+    `MODEL.NAME`, so that the paper's peers train under the same recipe. `MODEL.NUM_CLASSES` must have been resolved
+    from the data already; 0 builds a feature extractor without a classifier, as in timm.
+
+    Raises:
+        ValueError: the model cannot be built from these values; the message names them and what would work.
+    """
+    model = {"strip_mlp_layer": build_strip_mlp, "timm": build_timm_model}[config.MODEL.TYPE](config)
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def build_strip_mlp(config) -> StripMLP:
+    """`StripMLP` with the arguments of `MODEL.STRIP_MLP`."""
+    keys = config.MODEL.STRIP_MLP
+    return StripMLP(
+        img_size=config.DATA.IMG_SIZE,
+        patch_size=keys.PATCH_SIZE,
+        in_chans=keys.IN_CHANS,
+        num_classes=config.MODEL.NUM_CLASSES,
+        embed_dim=keys.EMBED_DIM,
+        depths=keys.LAYERS,
+        # The rule of the released code, for YAML files written for it: it has no key for q.
+        patch_channels=keys.PATCH_CHANNELS or (2 if keys.EMBED_DIM % 80 == 0 else 4),
+        strip_width=keys.STRIP_WIDTH,
+        alpha=keys.ALPHA,
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+    )
+
+
+def build_timm_model(config) -> nn.Module:
+    """Any timm model by name, at the image size of the data where the model's weights depend on it."""
+    name = config.MODEL.NAME
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"nearest names: {', '.join(nearest)}" if nearest else "see timm.list_models()"
+        raise ValueError(f"MODEL.NAME is {name!r}, which timm {timm.__version__} does not have; {hint}")
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    sized = {"img_size": config.DATA.IMG_SIZE} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
+    return timm.create_model(
+        name, num_classes=config.MODEL.NUM_CLASSES, drop_path_rate=config.MODEL.DROP_PATH_RATE, **sized
+    )

@@ -1,0 +1,573 @@
+"""Strip-MLP: Efficient Token Interaction for Vision MLP (Cao et al., ICCV 2023), https://arxiv.org/abs/2307.11458
+
+Read it top to bottom, as the paper does: the strip MLP layer (one axis), the cascade group strip mixing module
+(CGSMM: rows, then columns, group-wise), the local strip mixing module (LSMM), the strip mixing block that runs both
+on half of the channels each, the channel mixing block, and the network of four stages with multi-scale shortcuts.
+
+Feature maps are (N, C, H, W), or the same in `torch.channels_last` memory format. Inside a strip mixing block,
+C' = C / 2; a patch is a group of `patch_channels` (q) channels, so that there are P = C' / q patches.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, GlobalResponseNormMlp, Mlp, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .activation_checkpoint import checkpoint_blocks
+
+__all__ = [
+    "CGSMM",
+    "LSMM",
+    "ChannelMixingBlock",
+    "RelativePosition",
+    "StripMLP",
+    "StripMLPBlock",
+    "StripMLPLayer",
+    "StripMixingBlock",
+    "checkpoint_filter_fn",
+]
+
+
+class StripMLPLayer(nn.Module):
+    """Strip MLP layer along one axis: tokens interact with all tokens of their row (or column) and of the
+    neighbouring rows (columns) inside a strip (the paper's "Strip MLP layer", with the patches of CGSMM).
+
+    For `axis="row"`, strip width m and r = (m - 1) / 2, with patch p and channel j inside the patch:
+
+        y[n, j, p, i, w'] = bias[p, w'] + sum over d = -r..r and w of weight[p, w', w, d + r] * x[n, j, p, i + d, w]
+
+    where rows outside the map are zero; `axis="column"` is the same with height and width exchanged. A patch has
+    its own weights, which its q channels share. The patches interleave: channel j * P + p belongs to patch p.
+
+    Args:
+        dim: channels C' of the input.
+        length: tokens along the mixed axis (the width for "row", the height for "column").
+        axis: "row" or "column", the direction of the strips.
+        patch_channels: q, channels that share weights; divides `dim`.
+        strip_width: m, odd.
+
+    Shape: (N, C', H, W) -> (N, C', H, W).
+    """
+
+    def __init__(self, dim: int, length: int, axis: str, patch_channels: int = 2, strip_width: int = 3):
+        super().__init__()
+        if axis not in ("row", "column"):
+            raise ValueError(f"axis is {axis!r}; accepted: 'row', 'column'")
+        check_strip_width(strip_width)
+        if dim % patch_channels:
+            raise ValueError(f"patch_channels={patch_channels} does not divide the {dim} channels")
+        self.axis = axis
+        self.patch_channels = patch_channels
+        self.patches = dim // patch_channels
+        self.weight = nn.Parameter(torch.empty(self.patches, length, length, strip_width))
+        self.bias = nn.Parameter(torch.empty(self.patches, length))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's default initialisation of a convolution with this layer's fan-in, length * strip_width."""
+        _, _, length, strip_width = self.weight.shape
+        bound = 1 / math.sqrt(length * strip_width)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.axis == "row":
+            x = x.transpose(2, 3)
+        n, c, length, across = x.shape  # mixed axis, then the axis that the strip's width runs along
+        # The tokens of the mixed axis are the channels of a grouped convolution across it, a group per patch.
+        x = x.reshape(n * self.patch_channels, self.patches * length, across)
+        x = F.conv1d(
+            x,
+            self.weight.flatten(0, 1),
+            self.bias.flatten(),
+            padding=self.weight.shape[-1] // 2,
+            groups=self.patches,
+        )
+        x = x.reshape(n, c, length, across)
+        return x.transpose(2, 3) if self.axis == "row" else x
+
+    def extra_repr(self) -> str:
+        patches, length, _, strip_width = self.weight.shape
+        return f"axis={self.axis}, length={length}, patches={patches}, q={self.patch_channels}, m={strip_width}"
+
+
+class RelativePosition(nn.Module):
+    """Relative position table: position (i, j) of the map gets the table's row (j - i), whatever the channel does.
+
+    Args:
+        dim: channels C'.
+        size: (H, W) of the map.
+        radius: largest difference in the table, which has 2 * radius + 1 rows; differences beyond it are clipped
+            to it (this happens only on maps that are not square).
+
+    Shape: () -> (C', H, W).
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int], radius: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(2 * radius + 1, dim))
+        trunc_normal_(self.table, std=0.02)
+        difference = torch.arange(size[1])[None, :] - torch.arange(size[0])[:, None]  # (H, W), j - i
+        self.register_buffer("index", difference.clamp(-radius, radius) + radius, persistent=False)
+
+    def forward(self) -> Tensor:
+        return F.embedding(self.index, self.table).permute(2, 0, 1)  # (H, W, C') -> (C', H, W)
+
+
+class CGSMM(nn.Module):
+    """Cascade group strip mixing module (paper figure 2b, tables 7 and 8): strips along rows, then along columns of
+    the result, each fused with the module's input.
+
+        z = GELU(BN(fuse_h([strip_h(u + pos_h), u]))) + pos_w
+        y = fuse_w([u, strip_w(z)])
+
+    Args:
+        dim: channels C'.
+        size: (H, W) of the map.
+        patch_channels: q, channels that share strip weights.
+        strip_width: m, odd.
+
+    Shape: (N, C', H, W) -> (N, C', H, W).
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int], patch_channels: int = 2, strip_width: int = 3):
+        super().__init__()
+        height, width = size
+        self.pos_h = RelativePosition(dim, size, radius=height)
+        self.strip_h = StripMLPLayer(dim, width, "row", patch_channels, strip_width)
+        self.fuse_h = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.act = nn.GELU()
+        self.pos_w = RelativePosition(dim, size, radius=width)
+        self.strip_w = StripMLPLayer(dim, height, "column", patch_channels, strip_width)
+        self.fuse_w = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        # Under autocast u is half precision and the tables are not: a promoted sum would double the traffic.
+        rows = self.strip_h(u + self.pos_h().to(u.dtype))
+        z = self.act(self.norm(self.fuse_h(torch.cat([rows, u], dim=1))))
+        columns = self.strip_w(z + self.pos_w().to(z.dtype))
+        return self.fuse_w(torch.cat([u, columns], dim=1))
+
+
+class LSMM(nn.Module):
+    """Local strip mixing module (paper figure 2b, table 9): two depthwise strips, 3 x 7 and 7 x 3, and the
+    identity, weighted per channel by a softmax over the three branches of their pooled sum.
+
+    Args:
+        dim: channels C', even.
+
+    Shape: (N, C', H, W) -> (N, C', H, W).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv_h = nn.Conv2d(dim, dim, kernel_size=(3, 7), padding=(1, 3), groups=dim, bias=False)
+        self.conv_w = nn.Conv2d(dim, dim, kernel_size=(7, 3), padding=(3, 1), groups=dim, bias=False)
+        self.reweight = Mlp(dim, dim // 2, 3 * dim, act_layer=nn.GELU, use_conv=True)
+
+    def forward(self, v: Tensor) -> Tensor:
+        a = self.conv_h(v)
+        b = self.conv_w(v)
+        pooled = (a + b + v).mean(dim=(2, 3), keepdim=True)  # (N, C', 1, 1)
+        weights = self.reweight(pooled)  # (N, 3 C', 1, 1), channel 3 * c + branch
+        weights = weights.unflatten(1, (-1, 3)).softmax(dim=2)  # (N, C', 3, 1, 1)
+        return weights[:, :, 0] * b + weights[:, :, 1] * a + weights[:, :, 2] * v
+
+
+class StripMixingBlock(nn.Module):
+    """Token mixing (paper figure 2b): a depthwise convolution and a projection, then CGSMM on the first
+    half of the channels and LSMM on the second, fused.
+
+    Args:
+        dim: channels C; a multiple of 4.
+        size: (H, W) of the map.
+        patch_channels: q, channels that share strip weights; divides C / 2.
+        strip_width: m, odd.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, dim: int, size: tuple[int, int], patch_channels: int = 2, strip_width: int = 3):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.proj = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj_norm = nn.BatchNorm2d(dim)
+        self.act = nn.GELU()
+        self.cgsmm = CGSMM(dim // 2, size, patch_channels, strip_width)
+        self.lsmm = LSMM(dim // 2)
+        self.fuse = nn.Conv2d(dim, dim, kernel_size=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.act(self.norm(x)))
+        x = self.act(self.proj_norm(self.proj(x)))
+        u, v = x.chunk(2, dim=1)
+        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+
+
+class ChannelMixingBlock(nn.Module):
+    """Channel mixing (paper figure 2c): a 7 x 7 depthwise convolution, LayerNorm over channels, and an MLP with
+    global response normalisation between its two layers (ConvNeXt V2).
+
+    Args:
+        dim: channels C.
+        alpha: hidden width of the MLP as a multiple of C.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, dim: int, alpha: float = 3):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = GlobalResponseNormMlp(dim, int(alpha * dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        return self.mlp(self.norm(x)).permute(0, 3, 1, 2)  # -> (N, C, H, W)
+
+
+class StripMLPBlock(nn.Module):
+    """One block of the network (paper figure 2a): token mixing and channel mixing, both residual.
+
+    Args: those of `StripMixingBlock` and `ChannelMixingBlock`, and
+        drop_path: probability of dropping a residual branch (stochastic depth) per sample.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        size: tuple[int, int],
+        patch_channels: int = 2,
+        strip_width: int = 3,
+        alpha: float = 3,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.token_mixing = StripMixingBlock(dim, size, patch_channels, strip_width)
+        self.channel_mixing = ChannelMixingBlock(dim, alpha)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.token_mixing(x))
+        return x + self.drop_path(self.channel_mixing(x))
+
+
+class StripMLP(nn.Module):
+    """The network (paper figure 2a): four stages of `StripMLPBlock`s at strides p, 2p, 4p and
+    8p, and shortcuts that carry the merged outputs of stages 1 and 2 to the inputs of stages 3 and 4.
+
+    Args:
+        img_size: input height and width in pixels; the strip weights depend on it, so the input must have it.
+            A multiple of 8 * patch_size.
+        patch_size: p, pixels per token side.
+        in_chans: input channels.
+        num_classes: outputs; 0 leaves the classifier out.
+        embed_dim: C, channels of stage 1, doubled by each later stage. A multiple of 4.
+        depths: blocks in each of the four stages.
+        patch_channels: q, channels that share strip weights; divides C / 2. The released T* and T use 2, S and B 4.
+        strip_width: m, odd; 3 in all released models (paper table 6).
+        alpha: expansion of the channel-mixing MLP.
+        drop_path_rate: stochastic depth, the same in every block as in the released models.
+        drop_rate: dropout before the classifier; 0 in the released models.
+        global_pool: "avg", or "" for none (timm's convention).
+
+    Raises:
+        ValueError: sizes that do not divide, with the nearest ones that do.
+
+    Shape: (N, in_chans, img_size, img_size) -> (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 80,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        patch_channels: int = 2,
+        strip_width: int = 3,
+        alpha: float = 3,
+        drop_path_rate: float = 0.1,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_geometry(img_size, patch_size, embed_dim, depths, patch_channels, strip_width)
+
+        self.img_size = img_size
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = 8 * embed_dim
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)
+        ]
+        c1, c2, c3, c4 = (info["num_chs"] for info in self.feature_info)
+
+        self.patch_embed = nn.Conv2d(in_chans, c1, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    StripMLPBlock(
+                        info["num_chs"],
+                        (img_size[0] // info["reduction"], img_size[1] // info["reduction"]),
+                        patch_channels,
+                        strip_width,
+                        alpha,
+                        drop_path_rate,
+                    )
+                    for _ in range(depth)
+                )
+            )
+            for info, depth in zip(self.feature_info, depths, strict=True)
+        )
+        self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in ((c1, c2), (c2, c3), (c3, c4)))
+        # Multi-scale shortcuts between the merged maps: stage 2 -> 3, then on to 4, and stage 3 -> 4.
+        self.shortcut_2to3 = merge(c2, c3, groups=c2)
+        self.shortcut_2to4 = merge(c3, c4, groups=c3)
+        self.shortcut_3to4 = merge(c3, c4, groups=c3)
+        self.norm = nn.BatchNorm2d(c4)
+        self.head = ClassifierHead(c4, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
+        if tuple(x.shape[-2:]) != self.img_size:
+            raise ValueError(
+                f"input of {tuple(x.shape[-2:])} pixels, but the strip weights were made for {self.img_size}: "
+                "resize the images or build the model with this img_size"
+            )
+        y1 = self.run_stage(0, self.patch_embed(x))  # (N, C, H / p, W / p)
+        m2 = self.merging[0](y1)  # (N, 2C, H / 2p, W / 2p)
+        to3 = self.shortcut_2to3(m2)
+        to4 = self.shortcut_2to4(to3)
+        y2 = self.run_stage(1, m2)
+        m3 = self.merging[1](y2)  # (N, 4C, H / 4p, W / 4p)
+        to4 = to4 + self.shortcut_3to4(m3)
+        y3 = self.run_stage(2, m3 + to3)
+        m4 = self.merging[2](y3)  # (N, 8C, H / 8p, W / 8p)
+        y4 = self.run_stage(3, m4 + to4)
+        return self.norm(y4)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map of `forward_features` to logits (N, num_classes), or to pooled features (N, 8 C)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def run_stage(self, index: int, x: Tensor) -> Tensor:
+        """Blocks of one stage, recomputing their activations in the backward pass if asked to."""
+        blocks = self.stages[index]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_blocks(blocks, x)
+        return blocks(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass: less memory, one more forward pass."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a freshly initialised one; `num_classes=0` removes it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters exempt from weight decay besides vectors and biases: none in the released recipe, which decays
+        the position tables too."""
+        return set()
+
+    def weight_decay_vectors(self) -> set[str]:
+        """Vectors that the released recipe decays all the same: GRN's scale and shift, which the released code
+        stores as (1, 1, 1, C) and so does not take for vectors."""
+        return {f"{name}.{p}" for name, _ in self.named_modules() if name.endswith(".grn") for p in ("weight", "bias")}
+
+
+def merge(dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
+    """Patch merging (paper figure 2a): halves height and width."""
+    return nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, groups=groups, bias=False)
+
+
+def check_strip_width(strip_width: int) -> None:
+    """Raises ValueError for a strip width without a centre row."""
+    if strip_width < 1 or strip_width % 2 == 0:
+        nearest = "1" if strip_width < 1 else f"{strip_width - 1} and {strip_width + 1}"
+        raise ValueError(f"strip_width={strip_width} must be odd and positive; nearest that work: {nearest}")
+
+
+def check_geometry(
+    img_size: tuple[int, int],
+    patch_size: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    patch_channels: int,
+    strip_width: int,
+) -> None:
+    """Raises ValueError naming the values that do not fit together and the nearest ones that do."""
+    check_strip_width(strip_width)
+    if len(depths) != 4 or min(depths) < 1:
+        raise ValueError(f"depths={tuple(depths)} must be four positive numbers, one per stage")
+    stride = 8 * patch_size
+    for size in img_size:
+        if size < 1 or size % stride:
+            below, above = size // stride * stride, (size // stride + 1) * stride
+            nearest = f"{below} and {above}" if below > 0 else f"{above}"
+            raise ValueError(
+                f"img_size={size} must be a multiple of 8 * patch_size = {stride}; nearest that work: {nearest}"
+            )
+    if embed_dim < 4 or embed_dim % 4:
+        below, above = embed_dim // 4 * 4, (embed_dim // 4 + 1) * 4
+        nearest = f"{below} and {above}" if below > 0 else f"{above}"
+        raise ValueError(f"embed_dim={embed_dim} must be a multiple of 4; nearest that work: {nearest}")
+    half = embed_dim // 2
+    if patch_channels < 1 or half % patch_channels:
+        divisors = [d for d in range(1, half + 1) if half % d == 0]
+        below = [d for d in divisors if d < patch_channels][-1:]
+        above = [d for d in divisors if d > patch_channels][:1]
+        nearest = " and ".join(str(d) for d in below + above)
+        raise ValueError(
+            f"patch_channels={patch_channels} must divide embed_dim / 2 = {half}; nearest that work: {nearest}"
+        )
+
+
+# From the names of the released checkpoints to ours, applied in this order.
+RELEASED_NAMES = (
+    (r"^blocks([1-4])\.", lambda m: f"stages.{int(m[1]) - 1}."),
+    (r"^merging([1-3])\.", lambda m: f"merging.{int(m[1]) - 1}."),
+    (r"^conv_s1_28\.", "shortcut_2to3."),
+    (r"^conv_s1_14\.", "shortcut_2to4."),
+    (r"^conv_s2_14\.", "shortcut_3to4."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"token_mixing\.dwsc\.conv_merge\.BN\.", "token_mixing.norm."),
+    (r"token_mixing\.dwsc\.conv_merge\.Conv\.", "token_mixing.dwconv."),
+    (r"token_mixing\.smlp_block\.mlp\.0\.", "token_mixing.proj."),
+    (r"token_mixing\.smlp_block\.mlp\.1\.", "token_mixing.proj_norm."),
+    (r"token_mixing\.smlp_block\.fuse\.", "token_mixing.fuse."),
+    (r"token_mixing\.smlp_block\.BN\.", "token_mixing.cgsmm.norm."),
+    (r"token_mixing\.smlp_block\.proj_([hw])\.", r"token_mixing.cgsmm.strip_\1."),
+    (r"token_mixing\.smlp_block\.fuse_([hw])\.", r"token_mixing.cgsmm.fuse_\1."),
+    (r"token_mixing\.smlp_block\.relate_pos_([hw])\.embeddings_table$", r"token_mixing.cgsmm.pos_\1.table"),
+    (r"token_mixing\.smlp_block\.fc_([hw])\.", r"token_mixing.lsmm.conv_\1."),
+    (r"token_mixing\.smlp_block\.reweight\.", "token_mixing.lsmm.reweight."),
+    (r"channel_mixing\.conv_77\.", "channel_mixing.dwconv."),
+    (r"channel_mixing\.layer_norm\.", "channel_mixing.norm."),
+    (r"channel_mixing\.(fc[12])\.", r"channel_mixing.mlp.\1."),
+    (r"channel_mixing\.grn\.gamma$", "channel_mixing.mlp.grn.weight"),
+    (r"channel_mixing\.grn\.beta$", "channel_mixing.mlp.grn.bias"),
+)
+
+
+def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
+    """Our state dict for `model` from a released checkpoint's or from our own (timm's convention).
+
+    Args:
+        state_dict: a state dict, bare or under "model"; keys may carry the prefix "module." that
+            DistributedDataParallel adds. Keys it does not know are kept, so that loading reports them.
+        model: the `StripMLP` to load into (unused but for timm's signature: names and shapes tell everything).
+
+    Returns:
+        Names and shapes as `StripMLP.state_dict` has them. A released strip weight (P * L, L, 1, m) becomes
+        (P, L, L, m), its bias (P * L) becomes (P, L), GRN's (1, 1, 1, C) becomes (C).
+    """
+    if isinstance(state_dict.get("model"), Mapping):
+        state_dict = state_dict["model"]
+    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    if "merging1.weight" not in state_dict:
+        return state_dict
+
+    converted = {}
+    for released_name, value in state_dict.items():
+        name = released_name
+        for pattern, replacement in RELEASED_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if re.search(r"\.strip_[hw]\.(weight|bias)$", name):
+            length = state_dict[released_name.rsplit(".", 1)[0] + ".weight"].shape[1]
+            value = value.squeeze(2) if value.ndim == 4 else value
+            value = value.unflatten(0, (-1, length))
+        elif ".grn." in name:
+            value = value.flatten()
+        converted[name] = value
+    return converted
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2307.11458",
+        **kwargs,
+    }
+
+
+# No weights to download: the authors publish theirs through a file-sharing site. Load them with checkpoint_filter_fn.
+default_cfgs = generate_default_cfgs(
+    {
+        "strip_mlp_tiny_light": _cfg(),
+        "strip_mlp_tiny": _cfg(),
+        "strip_mlp_small": _cfg(),
+        "strip_mlp_base": _cfg(),
+        "strip_mlp_pico": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> StripMLP:
+    return build_model_with_cfg(
+        StripMLP, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, kwargs_filter=(), **kwargs
+    )
+
+
+@register_model
+def strip_mlp_tiny_light(pretrained: bool = False, **kwargs) -> StripMLP:
+    """Strip-MLP-T*: 18.2 M parameters, 2.5 GMACs, 81.2 % top-1 on ImageNet-1K (published)."""
+    arguments = {"embed_dim": 80, "depths": (2, 2, 6, 2), "patch_channels": 2}
+    return _create("strip_mlp_tiny_light", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def strip_mlp_tiny(pretrained: bool = False, **kwargs) -> StripMLP:
+    """Strip-MLP-T: 24.9 M parameters, 3.6 GMACs, 82.2 % top-1 on ImageNet-1K (published)."""
+    arguments = {"embed_dim": 80, "depths": (2, 2, 12, 2), "patch_channels": 2}
+    return _create("strip_mlp_tiny", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def strip_mlp_small(pretrained: bool = False, **kwargs) -> StripMLP:
+    """Strip-MLP-S: 42.6 M parameters, 6.8 GMACs, 83.3 % top-1 on ImageNet-1K (published)."""
+    arguments = {"embed_dim": 96, "depths": (2, 2, 18, 2), "patch_channels": 4}
+    return _create("strip_mlp_small", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def strip_mlp_base(pretrained: bool = False, **kwargs) -> StripMLP:
+    """Strip-MLP-B: 57.2 M parameters, 9.2 GMACs, 83.6 % top-1 on ImageNet-1K (published)."""
+    arguments = {"embed_dim": 112, "depths": (2, 2, 18, 2), "patch_channels": 4}
+    return _create("strip_mlp_base", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def strip_mlp_pico(pretrained: bool = False, **kwargs) -> StripMLP:
+    """Not in the paper: under 1 M parameters at 32 x 32, for the digits data set, tests and first steps."""
+    arguments = {"img_size": 32, "embed_dim": 24, "depths": (1, 1, 2, 1), "patch_channels": 2}
+    return _create("strip_mlp_pico", pretrained, **{**arguments, **kwargs})
