@@ -1,0 +1,476 @@
+"""All defaults, in one place; merging of YAML files, command-line flags and --opts over them; validation.
+
+Precedence, lowest first: the defaults below, the files in a YAML's `BASE`, the YAML itself, `--opts`, flags.
+"""
+
+import argparse
+import ast
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from utils import UserError
+
+_C = CfgNode()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+_C.DATA = CfgNode()
+# imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate;
+# CIFAR10, CIFAR100: downloaded on first use; 101_ObjectCategories: made by tools/categories101_train_val_split.py;
+# digits: 1,797 handwritten digits that come with scikit-learn.
+_C.DATA.DATASET = "imagenet"
+_C.DATA.DATA_PATH = ""
+# Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
+_C.DATA.BATCH_SIZE = 128
+_C.DATA.IMG_SIZE = 224
+# bicubic, bilinear, nearest, or random (training only)
+_C.DATA.INTERPOLATION = "bicubic"
+# Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
+_C.DATA.ZIP_MODE = False
+# Keep files in memory: no; full (every process all of them); part (every process its share, and it trains on that
+# share only).
+_C.DATA.CACHE_MODE = "no"
+_C.DATA.PIN_MEMORY = True
+# Loader processes per training process; -1: this process's share of the CPU cores, at most 8; 0: none.
+_C.DATA.NUM_WORKERS = -1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+_C.MODEL = CfgNode()
+# strip_mlp_layer, or timm: any timm model by its MODEL.NAME
+_C.MODEL.TYPE = "strip_mlp_layer"
+# Names the output folder; with TYPE timm, the model.
+_C.MODEL.NAME = "strip_mlp"
+# Weights to fine-tune from; a classifier of another size starts anew.
+_C.MODEL.PRETRAINED = ""
+# Checkpoint to continue from, with optimizer, schedule and epoch. What is found in the output folder goes first.
+_C.MODEL.RESUME = ""
+# 0: as many as the data has
+_C.MODEL.NUM_CLASSES = 0
+# Stochastic depth. Strip-MLP uses one value for all blocks; timm models apply their own rule.
+_C.MODEL.DROP_PATH_RATE = 0.1
+_C.MODEL.LABEL_SMOOTHING = 0.1
+
+_C.MODEL.STRIP_MLP = CfgNode()
+_C.MODEL.STRIP_MLP.PATCH_SIZE = 4
+# The data pipeline gives RGB.
+_C.MODEL.STRIP_MLP.IN_CHANS = 3
+_C.MODEL.STRIP_MLP.EMBED_DIM = 80
+_C.MODEL.STRIP_MLP.LAYERS = [2, 2, 6, 2]
+# q, channels that share strip weights; 0: the released rule, 2 where EMBED_DIM is a multiple of 80, else 4
+_C.MODEL.STRIP_MLP.PATCH_CHANNELS = 0
+_C.MODEL.STRIP_MLP.STRIP_WIDTH = 3
+_C.MODEL.STRIP_MLP.ALPHA = 3.0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+_C.TRAIN = CfgNode()
+_C.TRAIN.EPOCHS = 300
+_C.TRAIN.WARMUP_EPOCHS = 20
+_C.TRAIN.WEIGHT_DECAY = 0.05
+# Each of the three is multiplied by global batch / LR_REFERENCE_BATCH.
+_C.TRAIN.BASE_LR = 5e-4
+_C.TRAIN.WARMUP_LR = 5e-7
+_C.TRAIN.MIN_LR = 5e-6
+# 512 is Swin's and DeiT's rule. The Strip-MLP configs say 300, because the released code divides by its 300 epochs
+# there: the paper's peak at a global batch of 1024 is 1.7e-3, not 1.0e-3.
+_C.TRAIN.LR_REFERENCE_BATCH = 512
+# Largest global gradient norm; 0: no clipping
+_C.TRAIN.CLIP_GRAD = 5.0
+# Continue from last.pth in the output folder if there is one.
+_C.TRAIN.AUTO_RESUME = True
+# Forward and backward passes per optimizer step
+_C.TRAIN.ACCUMULATION_STEPS = 1
+# Recompute activations in the backward pass: less memory, more time
+_C.TRAIN.USE_CHECKPOINT = False
+# Batch statistics over all processes (CUDA only). Otherwise each has its own, averaged before evaluating and saving.
+_C.TRAIN.SYNC_BN = False
+
+_C.TRAIN.LR_SCHEDULER = CfgNode()
+# cosine, linear or step
+_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
+# step only: every DECAY_EPOCHS after the warm-up, times DECAY_RATE
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+_C.TRAIN.OPTIMIZER = CfgNode()
+# adamw or sgd
+_C.TRAIN.OPTIMIZER.NAME = "adamw"
+_C.TRAIN.OPTIMIZER.EPS = 1e-8
+_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+# sgd only (Nesterov)
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation (timm's)
+# ---------------------------------------------------------------------------------------------------------------------
+_C.AUG = CfgNode()
+# Probability of a horizontal flip
+_C.AUG.HFLIP = 0.5
+# Not applied where AUTO_AUGMENT is on, which is timm's rule.
+_C.AUG.COLOR_JITTER = 0.4
+# timm's RandAugment / AutoAugment policy string; "none" for none
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+# Random erasing: probability, fill (const, rand, pixel), number of regions
+_C.AUG.REPROB = 0.25
+_C.AUG.REMODE = "pixel"
+_C.AUG.RECOUNT = 1
+# Beta distributions of mixup and cutmix; 0 turns one off
+_C.AUG.MIXUP = 0.8
+_C.AUG.CUTMIX = 1.0
+# Probability of either, and of cutmix rather than mixup where both are on
+_C.AUG.MIXUP_PROB = 1.0
+_C.AUG.MIXUP_SWITCH_PROB = 0.5
+# batch, pair or elem
+_C.AUG.MIXUP_MODE = "batch"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+_C.TEST = CfgNode()
+# Resize to 256 / 224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE. Images of IMG_SIZE <= 32 are never
+# cropped.
+_C.TEST.CROP = True
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixed precision. auto: on CUDA bfloat16 where the hardware has it, else float16; off on CPU. on: the same, and
+# bfloat16 on CPU. off, bfloat16, float16: as said.
+_C.AMP = "auto"
+# auto: cuda where there is one. cpu, cuda
+_C.DEVICE = "auto"
+# Everything a run writes goes to OUTPUT/MODEL.NAME/TAG.
+_C.OUTPUT = "output"
+_C.TAG = "default"
+# Epochs between two kept checkpoints (ckpt_epoch_N.pth); last.pth and best.pth are written when they change.
+_C.SAVE_FREQ = 10
+# Optimizer steps between two log lines
+_C.PRINT_FREQ = 10
+_C.SEED = 0
+
+# Keys that YAML files for the released code have and this one does not, and where their values go; None: nowhere,
+# because they change nothing in the released models either.
+RELEASED_KEYS = {
+    "MODEL.ALPHA": "MODEL.STRIP_MLP.ALPHA",
+    "MODEL.DROP": None,
+    "MODEL.DROP_RATE": None,
+    "MODEL.PATCH_NORM": None,
+    "MODEL.STRIP_MLP.PATCH_NORM": None,
+}
+
+DATASETS = ("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits")
+
+
+class ConfigError(UserError):
+    """A config file, key or value that cannot be used."""
+
+    exit_status = 2
+
+
+def get_default_config() -> CfgNode:
+    """A copy of the defaults."""
+    return _C.clone()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all entry points share; `get_config` reads them."""
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to set, in pairs")
+    parser.add_argument("--batch-size", type=int, help="images per process (DATA.BATCH_SIZE)")
+    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
+    parser.add_argument("--zip", action="store_true", help="read train.zip and val.zip (DATA.ZIP_MODE)")
+    parser.add_argument("--cache-mode", choices=["no", "full", "part"], help="keep files in memory (DATA.CACHE_MODE)")
+    parser.add_argument("--pretrained", help="weights to fine-tune from (MODEL.PRETRAINED)")
+    parser.add_argument("--resume", help="checkpoint to continue from or to evaluate (MODEL.RESUME)")
+    parser.add_argument("--accumulation-steps", type=int, help="passes per step (TRAIN.ACCUMULATION_STEPS)")
+    parser.add_argument("--use-checkpoint", action="store_true", help="recompute activations (TRAIN.USE_CHECKPOINT)")
+    parser.add_argument("--amp", choices=["auto", "on", "off", "bfloat16", "float16"], help="mixed precision (AMP)")
+    parser.add_argument("--amp-opt-level", choices=["O0", "O1", "O2"], help="deprecated apex level: O0 is --amp off")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
+    parser.add_argument("--output", help="root of the output folders (OUTPUT)")
+    parser.add_argument("--tag", help="name of this run's folder (TAG)")
+    # torch.distributed.launch passes it; LOCAL_RANK says the same on every launcher since PyTorch 1.10.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def get_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+    """The frozen config of a parsed command line, and notes for the log about keys that were renamed or ignored.
+
+    Raises:
+        ConfigError: naming the file (or flag), the key and what is accepted.
+    """
+    flags = {
+        "DATA.BATCH_SIZE": ("--batch-size", args.batch_size),
+        "DATA.DATA_PATH": ("--data-path", args.data_path),
+        "DATA.ZIP_MODE": ("--zip", args.zip or None),
+        "DATA.CACHE_MODE": ("--cache-mode", args.cache_mode),
+        "MODEL.PRETRAINED": ("--pretrained", args.pretrained),
+        "MODEL.RESUME": ("--resume", args.resume),
+        "TRAIN.ACCUMULATION_STEPS": ("--accumulation-steps", args.accumulation_steps),
+        "TRAIN.USE_CHECKPOINT": ("--use-checkpoint", args.use_checkpoint or None),
+        "AMP": ("--amp", args.amp),
+        "DEVICE": ("--device", args.device),
+        "OUTPUT": ("--output", args.output),
+        "TAG": ("--tag", args.tag),
+    }
+    notes = []
+    if args.amp_opt_level:
+        level = {"O0": "off"}.get(args.amp_opt_level, "on")
+        notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is read as --amp {level}")
+        if args.amp is None:
+            flags["AMP"] = ("--amp-opt-level", level)
+    overrides = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    config, file_notes = load_config(args.cfg, args.opts, overrides)
+    return config, file_notes + notes
+
+
+def load_config(
+    path: str | Path, opts: Sequence[str] = (), overrides: Sequence[tuple[str, Any, str]] = ()
+) -> tuple[CfgNode, list[str]]:
+    """The frozen config of a YAML file with `opts` (key, value, key, value, ...) and then `overrides`
+    (key, value, where the value comes from) on top, and notes for the log.
+
+    Raises:
+        ConfigError: naming the file, the key and what is accepted.
+    """
+    merge = _Merge()
+    merge.file(Path(path), including=())
+    if len(opts) % 2:
+        raise ConfigError(f"--opts takes pairs of a key and a value; the last key {opts[-1]!r} has no value")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        merge.value(key, value, "--opts")
+    for key, value, where in overrides:
+        merge.value(key, value, where)
+    validate(merge.config, merge.origins)
+    merge.config.freeze()
+    return merge.config, merge.notes
+
+
+class _Merge:
+    """A config being put together, with the origin of every value that is not a default."""
+
+    def __init__(self) -> None:
+        self.config = get_default_config()
+        self.origins: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def file(self, path: Path, including: tuple[Path, ...]) -> None:
+        """Merges a YAML file after the files in its `BASE`, which are relative to it."""
+        resolved = path.resolve()
+        if resolved in including:
+            chain = " -> ".join(str(p) for p in (*including, resolved))
+            raise ConfigError(f"{path}: BASE goes in a circle: {chain}")
+        tree = read_yaml(path)
+        bases = tree.pop("BASE", None) or []
+        bases = [bases] if isinstance(bases, str) else bases
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            raise ConfigError(f"{path}: BASE is {bases!r}; accepted: a file name or a list of file names")
+        for base in filter(None, bases):  # Swin's YAML files say BASE: [''] for none
+            self.file(path.parent / base, (*including, resolved))
+        self.tree(tree, (), str(path))
+
+    def tree(self, tree: dict, prefix: tuple[str, ...], where: str) -> None:
+        for name, value in tree.items():
+            path = (*prefix, str(name))
+            node = find(self.config, path)
+            if isinstance(node, CfgNode) and (isinstance(value, dict) or value is None):
+                self.tree(value or {}, path, where)
+            else:
+                self.value(".".join(path), value, where)
+
+    def value(self, key: str, value: Any, where: str) -> None:
+        if key in RELEASED_KEYS:
+            renamed = RELEASED_KEYS[key]
+            if renamed is None:
+                self.notes.append(f"{where}: {key} changes nothing in the released models and is ignored")
+                return
+            self.notes.append(f"{where}: {key} is read as {renamed}")
+            key = renamed
+        default = find(_C, key.split("."))
+        if default is None:
+            known = [*leaves(_C), *RELEASED_KEYS]
+            # A key put in the wrong section is as likely as a misspelt one.
+            same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            nearest = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ConfigError(f"{where}: unknown key {key}{hint}")
+        if isinstance(default, CfgNode):
+            raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(default)}")
+        section, _, name = key.rpartition(".")
+        node = find(self.config, section.split(".")) if section else self.config
+        node[name] = coerce(value, default, f"{where}: {key}")
+        self.origins[key] = where
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file's mapping, through the safe loader only (no Python objects, no code)."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: a config must be a .yaml or .yml file; anything else (.py above all) is not read")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}; accepted: a mapping of config keys")
+    return tree or {}
+
+
+def find(config: CfgNode, path: Sequence[str]) -> Any:
+    """The section or value at a path of names; None where there is none (no config value is None)."""
+    node = config
+    for name in path:
+        if not isinstance(node, CfgNode) or name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def leaves(config: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """All values by dotted key."""
+    values = {}
+    for name, value in config.items():
+        if isinstance(value, CfgNode):
+            values.update(leaves(value, f"{prefix}{name}."))
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def coerce(value: Any, default: Any, where: str) -> Any:
+    """`value` in the type of `default`, or ConfigError. Text is read as a literal where the type is not text: what
+    --opts gives, and `5e-4`, which YAML 1.1 takes for text."""
+    kind = type(default)
+    if kind is str:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+        raise ConfigError(f"{where} is {value!r}; accepted: text")
+    if isinstance(value, str):
+        try:
+            literal = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            literal = value
+    else:
+        literal = value
+    if kind is bool and isinstance(literal, bool):
+        return literal
+    if kind is int and isinstance(literal, int) and not isinstance(literal, bool):
+        return literal
+    if kind is float and isinstance(literal, int | float) and not isinstance(literal, bool):
+        return float(literal)
+    if kind is list and isinstance(literal, list | tuple):
+        return [coerce(item, default[0], f"{where}[{i}]") for i, item in enumerate(literal)]
+    accepted = {bool: "True or False", int: "a whole number", float: "a number", list: "a list"}[kind]
+    raise ConfigError(f"{where} is {value!r}; accepted: {accepted}")
+
+
+def _one_of(*accepted: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in accepted, ", ".join(accepted)
+
+
+def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: low <= value < float("inf"), f"{low} or more"
+
+
+_POSITIVE = (lambda value: 0 < value < float("inf"), "more than 0")
+_FOLDER_NAME = (
+    lambda value: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
+    "a name for a folder, without slashes",
+)
+
+ACCEPTED = {
+    "DATA.DATASET": _one_of(*DATASETS),
+    "DATA.BATCH_SIZE": _at_least(1),
+    "DATA.IMG_SIZE": _at_least(1),
+    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
+    "DATA.CACHE_MODE": _one_of("no", "full", "part"),
+    "DATA.NUM_WORKERS": _at_least(-1),
+    "MODEL.TYPE": _one_of("strip_mlp_layer", "timm"),
+    "MODEL.NAME": _FOLDER_NAME,
+    "MODEL.NUM_CLASSES": _at_least(0),
+    "MODEL.DROP_PATH_RATE": (lambda value: 0 <= value < 1, "0 to less than 1"),
+    "MODEL.LABEL_SMOOTHING": (lambda value: 0 <= value < 1, "0 to less than 1"),
+    "MODEL.STRIP_MLP.PATCH_SIZE": _at_least(1),
+    "MODEL.STRIP_MLP.IN_CHANS": (lambda value: value == 3, "3, because images are read as RGB"),
+    "MODEL.STRIP_MLP.EMBED_DIM": _at_least(4),
+    "MODEL.STRIP_MLP.LAYERS": (lambda value: len(value) == 4 and min(value) >= 1, "four numbers, each 1 or more"),
+    "MODEL.STRIP_MLP.PATCH_CHANNELS": _at_least(0),
+    "MODEL.STRIP_MLP.STRIP_WIDTH": (lambda value: value > 0 and value % 2 == 1, "1, 3, 5, 7, ..."),
+    "MODEL.STRIP_MLP.ALPHA": _POSITIVE,
+    "TRAIN.EPOCHS": _at_least(1),
+    "TRAIN.WARMUP_EPOCHS": _at_least(0),
+    "TRAIN.WEIGHT_DECAY": _at_least(0),
+    "TRAIN.BASE_LR": _POSITIVE,
+    "TRAIN.WARMUP_LR": _at_least(0),
+    "TRAIN.MIN_LR": _at_least(0),
+    "TRAIN.LR_REFERENCE_BATCH": _at_least(1),
+    "TRAIN.CLIP_GRAD": _at_least(0),
+    "TRAIN.ACCUMULATION_STEPS": _at_least(1),
+    "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _at_least(1),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": _POSITIVE,
+    "TRAIN.OPTIMIZER.NAME": _one_of("adamw", "sgd"),
+    "TRAIN.OPTIMIZER.EPS": _POSITIVE,
+    "TRAIN.OPTIMIZER.BETAS": (
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "two numbers, each 0 to less than 1",
+    ),
+    "TRAIN.OPTIMIZER.MOMENTUM": (lambda value: 0 <= value < 1, "0 to less than 1"),
+    "AUG.HFLIP": _within(0, 1),
+    "AUG.COLOR_JITTER": _at_least(0),
+    "AUG.REPROB": _within(0, 1),
+    "AUG.REMODE": _one_of("const", "rand", "pixel"),
+    "AUG.RECOUNT": _at_least(1),
+    "AUG.MIXUP": _at_least(0),
+    "AUG.CUTMIX": _at_least(0),
+    "AUG.MIXUP_PROB": _within(0, 1),
+    "AUG.MIXUP_SWITCH_PROB": _within(0, 1),
+    "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
+    "AMP": _one_of("auto", "on", "off", "bfloat16", "float16"),
+    "DEVICE": _one_of("auto", "cpu", "cuda"),
+    "OUTPUT": (lambda value: value != "", "a folder"),
+    "TAG": _FOLDER_NAME,
+    "SAVE_FREQ": _at_least(1),
+    "PRINT_FREQ": _at_least(1),
+    "SEED": _at_least(0),
+}
+
+
+def validate(config: CfgNode, origins: dict[str, str]) -> None:
+    """Raises ConfigError for the first value outside its range, or pair of values that do not go together.
+
+    `origins` says where each value that is not a default came from.
+    """
+
+    def says(key: str) -> str:
+        return f"{origins.get(key, 'default')}: {key} is {find(config, key.split('.'))!r}"
+
+    for key, (accepts, accepted) in ACCEPTED.items():
+        if not accepts(find(config, key.split("."))):
+            raise ConfigError(f"{says(key)}; accepted: {accepted}")
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        raise ConfigError(
+            f"{says('TRAIN.WARMUP_EPOCHS')}, not less than TRAIN.EPOCHS, {config.TRAIN.EPOCHS}; "
+            "set both, for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+        )
+    if (config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0) and config.DATA.BATCH_SIZE % 2:
+        raise ConfigError(
+            f"{says('DATA.BATCH_SIZE')}, an odd number; mixup and cutmix pair the images of a batch: use an even "
+            "number, or AUG.MIXUP 0 AUG.CUTMIX 0"
+        )
+    if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
+        raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")

@@ -1,0 +1,40 @@
+"""What every entry point needs around its work: errors that are the user's to mend, and reproducible randomness."""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend (a path, a value, a file): shown as one message without a traceback.
+
+    The message names the bad value, where it came from and what is accepted.
+    """
+
+    exit_status = 1
+
+
+def run_entry_point(main: Callable[[], None]) -> None:
+    """Runs `main`; a `UserError` becomes one message on stderr and its exit status."""
+    try:
+        main()
+    except UserError as error:
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_status)
+
+
+def seed_all(*position: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank).
+
+    Positions that differ give independent streams, so that what is drawn at a position does not depend on what was
+    drawn before it: a resumed run draws what an uninterrupted one does.
+    """
+    words = np.random.SeedSequence(position).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
