@@ -1,0 +1,6 @@
+"""Data: sources of labelled images, transforms, loaders."""
+
+from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes
+from .transforms import build_mixup
+
+__all__ = ["build_eval_loader", "build_mixup", "build_sources", "build_train_loader", "check_num_classes"]

@@ -1,0 +1,185 @@
+"""From a config to sources, data sets and loaders."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.sources import ArraySource, DataError, FolderSource, Source, ZipSource
+from data.transforms import build_transform
+from distributed import World, main_process_first
+
+DIGITS_TEST_IMAGES = 360  # 20 % of 1,797, rounded up
+
+
+class Sources(NamedTuple):
+    """Training and validation samples with the same classes. Either is None where it was not asked for."""
+
+    train: Source | None
+    val: Source | None
+
+
+def build_sources(config, world: World, train: bool = True, val: bool = True) -> Sources:
+    """The sources of `config.DATA`.
+
+    Raises:
+        DataError: the data is missing, empty, cannot be downloaded, or its two halves have different classes.
+    """
+    name = config.DATA.DATASET
+    if name == "digits":
+        splits = _digits()
+    elif name in ("CIFAR10", "CIFAR100"):
+        with main_process_first(world):
+            splits = {is_train: _cifar(config, is_train) for is_train in (True, False)}
+    elif config.DATA.ZIP_MODE:
+        root = _root(config)
+        splits = {
+            is_train: ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
+            for is_train, split, wanted in ((True, "train", train), (False, "val", val))
+            if wanted
+        }
+    else:
+        splits = _folders(config, train, val)
+    sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
+    if train and val:
+        _check_same_classes(config, sources.train.classes, sources.val.classes)
+    return sources
+
+
+def check_num_classes(config, source: Source) -> int:
+    """The class count of the data, which `MODEL.NUM_CLASSES` must be or leave open (0).
+
+    Raises:
+        DataError: saying both numbers and what to set.
+    """
+    found, expected = len(source.classes), config.MODEL.NUM_CLASSES
+    if expected not in (0, found):
+        raise DataError(
+            f"MODEL.NUM_CLASSES is {expected}, but the data ({config.DATA.DATASET}, {config.DATA.DATA_PATH}) has "
+            f"{found} classes; set MODEL.NUM_CLASSES to {found}, or to 0 to take it from the data"
+        )
+    return found
+
+
+def build_train_loader(config, source: Source, world: World) -> DataLoader:
+    """Batches of `Sample` of DATA.BATCH_SIZE images for this process, the last incomplete one dropped.
+
+    Raises:
+        DataError: the data set is smaller than one batch.
+    """
+    sharded = config.DATA.CACHE_MODE == "part"
+    _fill_cache(config, source, world)
+    dataset = ClassificationDataset(source, build_transform(config, True), config.DATA.IMG_SIZE, config.SEED, True)
+    sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
+    if len(sampler) < config.DATA.BATCH_SIZE:
+        raise DataError(
+            f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but the training data has {len(source)} images, "
+            f"{len(sampler)} for each of {world.size} process{'es' * (world.size > 1)}; "
+            f"accepted: at most {len(sampler)}"
+        )
+    return _loader(config, dataset, sampler, world, drop_last=True)
+
+
+def build_eval_loader(config, source: Source, world: World) -> DataLoader:
+    """Batches of `Sample` that together hold every image exactly once over all processes."""
+    _fill_cache(config, source, world)
+    dataset = ClassificationDataset(source, build_transform(config, False), config.DATA.IMG_SIZE)
+    return _loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world, drop_last=False)
+
+
+def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoader:
+    workers = config.DATA.NUM_WORKERS
+    if workers < 0:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores // local_size)
+    return DataLoader(
+        dataset,
+        batch_size=config.DATA.BATCH_SIZE,
+        sampler=sampler,
+        drop_last=drop_last,
+        num_workers=workers,
+        pin_memory=config.DATA.PIN_MEMORY and world.device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def _fill_cache(config, source: Source, world: World) -> None:
+    if config.DATA.CACHE_MODE == "full":
+        source.cache(range(len(source)))
+    elif config.DATA.CACHE_MODE == "part":
+        source.cache(range(world.rank, len(source), world.size))
+
+
+def _root(config) -> Path:
+    if not config.DATA.DATA_PATH:
+        raise DataError(f"DATA.DATA_PATH is empty; {config.DATA.DATASET} needs a folder: give --data-path")
+    root = Path(config.DATA.DATA_PATH)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder (DATA.DATA_PATH or --data-path, for {config.DATA.DATASET})")
+    return root
+
+
+def _folders(config, train: bool, val: bool) -> dict[bool, Source]:
+    root = _root(config)
+    splits = {}
+    for is_train, name, wanted in ((True, "train", train), (False, "val", val)):
+        if not wanted:
+            continue
+        if not (root / name).is_dir():
+            hint = ""
+            if config.DATA.DATASET == "101_ObjectCategories":
+                hint = f"; make it: python tools/categories101_train_val_split.py --source {root} --output <folder>"
+            raise DataError(f"{root}: no folder {name}/ in it; accepted: train/ and val/, one folder per class{hint}")
+        splits[is_train] = FolderSource(root / name)
+    return splits
+
+
+def _cifar(config, is_train: bool) -> Source:
+    if not config.DATA.DATA_PATH:
+        raise DataError(f"DATA.DATA_PATH is empty; give --data-path, a folder to download {config.DATA.DATASET} into")
+    dataset = getattr(datasets, config.DATA.DATASET)
+    try:
+        data = dataset(config.DATA.DATA_PATH, train=is_train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{config.DATA.DATASET} is not complete in {config.DATA.DATA_PATH} and cannot be downloaded from "
+            f"{dataset.url} ({error}); get {dataset.filename} yourself and put it into that folder"
+        ) from error
+    title = f"{config.DATA.DATASET} {'train' if is_train else 'test'}"
+    return ArraySource(data.data, data.targets, data.classes, title)
+
+
+def _digits() -> dict[bool, Source]:
+    """scikit-learn's handwritten digits (8 x 8, grey), 80 / 20, stratified, always the same split."""
+    from sklearn.datasets import load_digits  # a second to import, for this data set only
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0..16 -> 0..255
+    train, val = train_test_split(
+        np.arange(len(images)), test_size=DIGITS_TEST_IMAGES, stratify=digits.target, random_state=0
+    )
+    classes = [str(name) for name in digits.target_names]
+    return {
+        True: ArraySource(images[train], digits.target[train], classes, "digits train"),
+        False: ArraySource(images[val], digits.target[val], classes, "digits val"),
+    }
+
+
+def _check_same_classes(config, train: list[str], val: list[str]) -> None:
+    if train != val:
+        only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+        differences = [
+            f"only in {split}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
+            for split, names in (("train", only_train), ("val", only_val))
+            if names
+        ]
+        raise DataError(
+            f"{config.DATA.DATA_PATH}: train has {len(train)} classes and val {len(val)}; {'; '.join(differences)}; "
+            "accepted: the same classes in both"
+        )

@@ -1,0 +1,140 @@
+"""The data set that the loaders read: a source with a transform, and samplers that say which sample comes when.
+
+What is drawn at random for a sample depends on (seed, epoch, index) alone, and the order of the samples on
+(seed, epoch): neither on the number of loader processes nor on what ran before.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from data.sources import DataError, Source
+from utils import seed_all
+
+# What PIL raises on files that are damaged, truncated, too large to be honest, or no images at all.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Files tried in place of an unreadable one: after so many in a row, the data set is broken rather than blemished.
+MOST_REPLACEMENTS = 32
+
+
+class Sample(NamedTuple):
+    """One item, and, collated, one batch of them (every field then has a leading dimension N)."""
+
+    image: Tensor  # (3, S, S) float32
+    target: int
+    index: int  # the sample that was asked for
+    readable: bool  # False: the file of `index` could not be read
+
+
+class ClassificationDataset(Dataset):
+    """Samples of a source, transformed.
+
+    An unreadable file in training is replaced by the next one in the list; in evaluation it comes as a black image
+    that must not be counted as correct. Either way `readable` is False.
+
+    Items are keyed by (epoch, index), which the samplers below give.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Tensor],
+        image_size: int,
+        seed: int = 0,
+        is_train: bool = False,
+    ):
+        self.source = source
+        self.transform = transform
+        self.image_size = image_size
+        self.seed = seed
+        self.is_train = is_train
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        if not self.is_train:
+            image = self._load(index)
+            readable = image is not None
+            pixels = self.transform(image) if readable else torch.zeros(3, self.image_size, self.image_size)
+            return Sample(pixels, self.source.targets[index], index, readable)
+
+        candidates = [(index + i) % len(self) for i in range(min(MOST_REPLACEMENTS, len(self)))]
+        for chosen in candidates:
+            image = self._load(chosen)
+            if image is not None:
+                break
+        else:
+            raise DataError(
+                f"{self.source.name(index)} and the {len(candidates) - 1} files after it cannot be read as images"
+            )
+        with _random_state_kept():
+            seed_all(self.seed, epoch, index)
+            image = self.transform(image)
+        return Sample(image, self.source.targets[chosen], index, chosen == index)
+
+    def _load(self, index: int) -> Image.Image | None:
+        try:
+            return self.source.load(index)
+        except UNREADABLE:
+            return None  # counted and named by the engine, from Sample.readable
+
+
+class _random_state_kept:
+    """Puts the generators of Python, NumPy and PyTorch back: without loader processes, samples are transformed
+    between the steps of training, which draw from the same ones."""
+
+    def __enter__(self) -> None:
+        self.state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def __exit__(self, *exception) -> None:
+        random.setstate(self.state[0])
+        np.random.set_state(self.state[1])
+        torch.set_rng_state(self.state[2])
+
+
+class TrainSampler(Sampler):
+    """A random order of all samples in each epoch, dealt to the processes; each gets the same number, the remainder
+    is left out of the epoch.
+
+    Args:
+        sharded: each process draws from samples rank, rank + size, ... only, which it can keep in memory.
+    """
+
+    def __init__(self, length: int, rank: int, size: int, seed: int, sharded: bool = False):
+        self.length, self.rank, self.size, self.seed, self.sharded = length, rank, size, seed, sharded
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.sharded:
+            shard = np.arange(self.rank, self.length, self.size)
+            order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
+        else:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)[self.rank :: self.size]
+        return iter([(self.epoch, int(index)) for index in order[: len(self)]])
+
+
+class EvalSampler(Sampler):
+    """Every sample exactly once over all processes, whatever the remainder: process r gets r, r + size, ..."""
+
+    def __init__(self, length: int, rank: int, size: int):
+        self.indices = range(rank, length, size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(0, index) for index in self.indices])

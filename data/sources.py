@@ -1,0 +1,175 @@
+"""Where labelled images come from: folders, zip files, arrays. A source lists samples and loads one as a PIL image."""
+
+import io
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils import UserError
+
+
+class DataError(UserError):
+    """A data set that is missing, incomplete or not what the config says."""
+
+
+class Source(ABC):
+    """A list of labelled images.
+
+    Attributes:
+        classes: class names, in label order.
+        targets: label of each sample, an index into `classes`.
+    """
+
+    classes: list[str]
+    targets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Sample `index` as an RGB image. Raises whatever its decoder raises on a file that cannot be read."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What a person would look for to find sample `index`: its path."""
+
+    @abstractmethod
+    def cache(self, indices: Iterable[int]) -> None:
+        """Keeps the samples `indices` in memory, undecoded."""
+
+
+class FileSource(Source):
+    """A source of encoded files, which `read` gives as bytes."""
+
+    def __init__(self) -> None:
+        self._cached: dict[int, bytes] = {}
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The file of sample `index`."""
+
+    def cache(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            try:
+                self._cached[index] = self.read(index)
+            except OSError:
+                continue  # `load` will meet it again, where unreadable files are reported
+
+    def load(self, index: int) -> Image.Image:
+        encoded = self._cached.get(index)
+        with Image.open(io.BytesIO(self.read(index) if encoded is None else encoded)) as image:
+            return image.convert("RGB")
+
+
+class FolderSource(FileSource):
+    """One folder per class, in alphabetical order (torchvision's ImageFolder).
+
+    Raises:
+        DataError: no such folder, no class folders, or a class folder without images.
+    """
+
+    def __init__(self, root: Path):
+        super().__init__()
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
+        try:
+            listing = ImageFolder(str(root))
+        except FileNotFoundError as error:
+            empty = [d.name for d in sorted(root.iterdir()) if d.is_dir() and not _has_images(d)]
+            if not empty:
+                raise DataError(f"{root}: has no class folders; accepted: one folder of images per class") from error
+            raise DataError(
+                f"{root}: no images in {_shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
+            ) from error
+        self.classes = listing.classes
+        self.targets = listing.targets
+        self._paths = [path for path, _ in listing.samples]
+
+    def read(self, index: int) -> bytes:
+        return Path(self._paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        return self._paths[index]
+
+
+class ZipSource(FileSource):
+    """Images in a zip file, listed in a text file with a line `path<tab>label` per image.
+
+    Raises:
+        DataError: a file that is missing or damaged, or a line that cannot be used.
+    """
+
+    def __init__(self, archive: Path, listing: Path):
+        super().__init__()
+        self._archive = archive
+        self._zip: zipfile.ZipFile | None = None
+        for path in (archive, listing):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; --zip needs {archive.name} and {listing.name} in one folder")
+        self._members, self.targets = [], []
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+            member, _, label = line.rpartition("\t")
+            if not member or not label.isdecimal():
+                raise DataError(f"{listing}, line {number}: {line!r}; accepted: path, tab, label (0, 1, 2, ...)")
+            self._members.append(member)
+            self.targets.append(int(label))
+        if not self.targets:
+            raise DataError(f"{listing}: lists no images")
+        try:
+            with zipfile.ZipFile(archive) as file:
+                missing = sorted(set(self._members) - set(file.namelist()))
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{archive}: not a zip file, or damaged: {error}") from error
+        if missing:
+            raise DataError(f"{archive}: lacks {_shorten(missing)}, which {listing.name} lists")
+        self.classes = [str(label) for label in range(max(self.targets) + 1)]
+
+    def read(self, index: int) -> bytes:
+        if self._zip is None:
+            self._zip = zipfile.ZipFile(self._archive)
+        try:
+            return self._zip.read(self._members[index])
+        except zipfile.BadZipFile as error:
+            raise OSError(str(error)) from error
+
+    def name(self, index: int) -> str:
+        return f"{self._archive}:{self._members[index]}"
+
+    def __getstate__(self) -> dict:
+        # Each loader process opens the archive itself: a shared file offset would mix up their reads.
+        return {**self.__dict__, "_zip": None}
+
+
+class ArraySource(Source):
+    """Images in memory, uint8, (N, H, W) grey or (N, H, W, 3) RGB."""
+
+    def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], title: str):
+        self._images = images
+        self._title = title
+        self.targets = [int(target) for target in targets]
+        self.classes = list(classes)
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"{self._title} image {index}"
+
+    def cache(self, indices: Iterable[int]) -> None:
+        """Nothing to do: it is all in memory."""
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
+
+
+def _shorten(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,63 @@
+"""Augmentation and preprocessing, timm's, as the recipe sets it: images to normalised (3, S, S) float tensors."""
+
+from collections.abc import Callable
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision import transforms
+
+# Up to this IMG_SIZE, images are small to begin with: a random resized crop or a centre crop would lose much of them.
+SMALL_IMAGE = 32
+
+
+def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
+    """The training transform (random crop, flip, RandAugment or colour jitter, random erasing) or the evaluation one
+    (resize to 256 / 224 of the image size, centre crop). Images of at most 32 pixels are resized as a whole, and in
+    training shifted by up to an eighth of their size instead of cropped."""
+    size = config.DATA.IMG_SIZE
+    small = size <= SMALL_IMAGE
+    # PIL resizes with one method at a time; "random" is a training option of timm's.
+    whole = str_to_interp_mode("bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION)
+    if is_train:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            hflip=config.AUG.HFLIP,
+            color_jitter=config.AUG.COLOR_JITTER or None,
+            auto_augment=None if config.AUG.AUTO_AUGMENT in ("none", "") else config.AUG.AUTO_AUGMENT,
+            interpolation=config.DATA.INTERPOLATION,
+            re_prob=config.AUG.REPROB,
+            re_mode=config.AUG.REMODE,
+            re_count=config.AUG.RECOUNT,
+        )
+        if small:
+            random_resized_crop, *others = transform.transforms
+            assert "Crop" in type(random_resized_crop).__name__, "timm's training transform starts with its crop"
+            resize = transforms.Resize((size, size), interpolation=whole)
+            return transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8), *others])
+        return transform
+
+    if small or not config.TEST.CROP:
+        resize = [transforms.Resize((size, size), interpolation=whole)]
+    else:
+        resize = [transforms.Resize(int(256 / 224 * size), interpolation=whole), transforms.CenterCrop(size)]
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*resize, transforms.ToTensor(), normalize])
+
+
+def build_mixup(config, num_classes: int) -> Mixup | None:
+    """timm's mixup / cutmix on batches, (images, labels) -> (images, soft targets); None where both are off. Label
+    smoothing is part of its soft targets."""
+    if config.AUG.MIXUP <= 0 and config.AUG.CUTMIX <= 0:
+        return None
+    return Mixup(
+        mixup_alpha=config.AUG.MIXUP,
+        cutmix_alpha=config.AUG.CUTMIX,
+        prob=config.AUG.MIXUP_PROB,
+        switch_prob=config.AUG.MIXUP_SWITCH_PROB,
+        mode=config.AUG.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )
