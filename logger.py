@@ -1,0 +1,102 @@
+"""Logging: coloured lines on the console of rank 0, one plain file per rank. Callers pass the logger on."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from termcolor import colored
+from tqdm import tqdm
+
+_COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+
+
+class _Console(logging.Handler):
+    """Writes above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)  # logging's way: reported on stderr, the program goes on
+
+
+class _ColorFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = colored(self.formatTime(record, "%H:%M:%S"), "green")
+        message = record.getMessage()
+        if record.levelno in _COLORS:
+            message = colored(f"{record.levelname.lower()}: {message}", _COLORS[record.levelno])
+        return f"{time} {message}"
+
+
+def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> logging.Logger:
+    """A logger with a console on rank 0 (on the others, for warnings only) and, given a folder, the file
+    `log_rank<rank>.txt` in it, appended to.
+
+    Colours only where the console is a terminal (NO_COLOR and FORCE_COLOR are respected).
+    """
+    logger = logging.getLogger(f"{name}.rank{rank}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in logger.handlers[:]:  # one name twice in a process (tests, notebooks): the latest call counts
+        logger.removeHandler(handler)
+        handler.close()
+    if rank == 0:
+        console = _Console()
+        console.setFormatter(_ColorFormatter())
+        logger.addHandler(console)
+    else:
+        alarm = logging.StreamHandler()  # what only this rank has met must not stay in its file
+        alarm.setLevel(logging.WARNING)
+        alarm.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
+        logger.addHandler(alarm)
+    if folder is not None:
+        file = logging.FileHandler(folder / f"log_rank{rank}.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+    return logger
+
+
+class MetricsLog:
+    """One JSON object per epoch in `<folder>/metrics.jsonl`, and the same as TensorBoard scalars.
+
+    Args:
+        folder: the run's folder.
+        done: epochs that are done; lines of later ones, left by a run that was killed before it could save its
+            checkpoint, are removed, because those epochs are about to be trained again.
+    """
+
+    def __init__(self, folder: Path, done: int, logger: logging.Logger):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
+
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if self._epoch(line) <= done]
+            if len(kept) < len(lines):
+                dropped = len(lines) - len(kept)
+                logger.info(f"{self.path}: {dropped} lines about epochs after {done}, which are trained again, removed")
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.replace(self.path)
+        self._tensorboard = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def _epoch(self, line: str) -> float:
+        try:
+            return json.loads(line)["epoch"]
+        except (ValueError, KeyError):
+            return float("inf")  # cut off in the middle
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items():
+            if name != "epoch":
+                self._tensorboard.add_scalar(name, value, metrics["epoch"])
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._tensorboard.close()

@@ -1,0 +1,211 @@
+"""Train a model on one process or many.
+
+    python main.py --cfg configs/strip_mlp_pico_digits.yaml
+    torchrun --nproc_per_node 8 main.py --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA
+
+Everything a run writes goes to OUTPUT/MODEL.NAME/TAG; the same command again continues there.
+"""
+
+import argparse
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.utils import distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import main_eval
+from checkpoint import FORMAT, load_pretrained, load_weights, read_training_state, save_checkpoint
+from config import add_arguments, get_config, leaves
+from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
+from distributed import World, close_world, init_world
+from engine import evaluate, resolve_amp, steps_per_epoch, train_one_epoch
+from logger import MetricsLog, create_logger
+from lr_scheduler import build_scheduler, lr_scale
+from models import build_model
+from optimizer import build_optimizer
+from utils import UserError, run_entry_point, seed_all
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser)
+    parser.add_argument("--eval", action="store_true", help="evaluate only, as main_eval.py does")
+    parser.add_argument("--throughput", action="store_true", help="measure images/s of the model alone")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config, notes = get_config(args)
+    world = init_world(config.DEVICE, args.local_rank)
+    if args.eval or args.throughput:
+        main_eval.run(config, notes, world, measure_throughput=args.throughput)
+    else:
+        train(config, notes, world)
+    close_world(world)
+
+
+def train(config, notes: list[str], world: World) -> None:
+    # -----------------------------------------------------------------------------------------------------------------
+    # Data and model: nothing is written before all that the run needs is there
+    # -----------------------------------------------------------------------------------------------------------------
+    sources = build_sources(config, world)
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = check_num_classes(config, sources.train)
+    config.freeze()
+    train_loader = build_train_loader(config, sources.train, world)
+    eval_loader = build_eval_loader(config, sources.val, world)
+    mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
+
+    seed_all(config.SEED)
+    try:
+        model = build_model(config)
+    except ValueError as error:
+        raise UserError(f"the model of the config cannot be built: {error}") from error
+    if config.TRAIN.SYNC_BN and world.distributed:
+        if world.device.type != "cuda":
+            raise UserError("TRAIN.SYNC_BN is True, which needs CUDA; accepted on the CPU: False")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Where to start: this run's own last.pth, or else --resume, or else --pretrained, or else fresh
+    # -----------------------------------------------------------------------------------------------------------------
+    folder = create_run_folder(config)
+    last = folder / "last.pth"
+    logger = create_logger("train", world.rank, folder)
+    log_start(config, notes, model, world, logger)
+    state = None
+    if config.TRAIN.AUTO_RESUME and last.exists():
+        state = resume(config, model, last, logger)
+    elif config.MODEL.RESUME:
+        state = resume(config, model, Path(config.MODEL.RESUME), logger)
+    elif config.MODEL.PRETRAINED:
+        load_pretrained(model, config.MODEL.PRETRAINED, logger)
+    start_epoch = state["epoch"] if state else 0
+    best = state["best"] if state else {"top1": -1.0, "epoch": 0}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Optimizer and schedule
+    # -----------------------------------------------------------------------------------------------------------------
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    model.to(world.device)
+    scale = lr_scale(config, world.size)
+    optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR * scale)
+    steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
+    scheduler = build_scheduler(config, optimizer, steps, scale)
+    amp = resolve_amp(config, world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    logger.info(
+        f"{len(sources.train)} training and {len(sources.val)} validation images, {config.MODEL.NUM_CLASSES} classes; "
+        f"{steps} steps per epoch; peak lr {config.TRAIN.BASE_LR * scale:.3e} = {config.TRAIN.BASE_LR:g} x global "
+        f"batch / {config.TRAIN.LR_REFERENCE_BATCH}; precision {str(amp or torch.float32).removeprefix('torch.')}"
+    )
+
+    wrapped = model
+    if world.distributed:
+        device_ids = [world.local_rank] if world.device.type == "cuda" else None
+        # Running statistics are averaged once per epoch instead of being sent from rank 0 at each step.
+        wrapped = DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Epochs
+    # -----------------------------------------------------------------------------------------------------------------
+    if start_epoch >= config.TRAIN.EPOCHS:
+        logger.info(f"nothing left to train: {start_epoch} of {config.TRAIN.EPOCHS} epochs are done ({last})")
+    metrics_log = MetricsLog(folder, start_epoch, logger) if world.is_main else None
+    for epoch in range(start_epoch, config.TRAIN.EPOCHS):
+        metrics = train_one_epoch(
+            config, wrapped, train_loader, optimizer, scheduler, scaler, mixup, epoch, world, logger
+        )
+        if world.distributed:
+            distribute_bn(model, world.size, reduce=True)
+        metrics |= evaluate(config, model, eval_loader, world, logger)
+        done = epoch + 1
+        is_best = metrics["top1"] > best["top1"]
+        if is_best:
+            best = {"top1": metrics["top1"], "epoch": done}
+        logger.info(
+            f"epoch {done}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}; "
+            f"best top-1 {best['top1']:.3f} % (epoch {best['epoch']})"
+        )
+        if metrics["unreadable_train"]:
+            logger.warning(f"{metrics['unreadable_train']} unreadable images in this epoch's training, replaced")
+        if world.is_main:
+            # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
+            metrics_log.write({"epoch": done, **metrics})
+            names = ["best.pth"] if is_best else []
+            if done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS:
+                names.append(f"ckpt_epoch_{done}.pth")
+            save_checkpoint(
+                {
+                    "format": FORMAT,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "epoch": done,
+                    "best": best,
+                    "config": leaves(config),
+                },
+                *(folder / name for name in names),
+                last,
+            )
+    if metrics_log:
+        metrics_log.close()
+    logger.info(f"best top-1 {best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder}")
+
+
+def create_run_folder(config) -> Path:
+    """OUTPUT/MODEL.NAME/TAG, made if need be. Raises UserError where it cannot be written, or holds a run that this
+    one would overwrite."""
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log_rank0.txt").open("a").close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from error
+    if not config.TRAIN.AUTO_RESUME and (folder / "last.pth").exists():
+        raise UserError(
+            f"{folder}: holds a run already, which TRAIN.AUTO_RESUME False would overwrite; choose another --tag, or "
+            "continue it with TRAIN.AUTO_RESUME True"
+        )
+    return folder
+
+
+def log_start(config, notes: list[str], model: nn.Module, world: World, logger: Logger) -> None:
+    """What is run on what; the config goes to the log and, as YAML that can be given to --cfg, to config.yaml."""
+    for note in notes:
+        logger.warning(note)
+    logger.info(f"config:\n{config.dump()}")
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(
+        f"{config.MODEL.NAME}: {parameters:,} parameters; torch {torch.__version__}, timm {timm.__version__}, "
+        f"{world.size} x {torch.cuda.get_device_name() if world.device.type == 'cuda' else 'cpu'}"
+    )
+
+
+def resume(config, model: nn.Module, path: Path, logger: Logger) -> dict[str, Any]:
+    """Loads the weights of a training checkpoint into the model and returns its content."""
+    state = read_training_state(path)
+    load_weights(model, state, path)
+    logger.info(f"resumed from {path}: {state['epoch']} epochs done, best top-1 {state['best']['top1']:.3f} %")
+    before, now = state["config"], leaves(config)
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key) and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
+            logger.warning(f"changed since that checkpoint: {key} was {before.get(key)!r}, is {now.get(key)!r}")
+    return state
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
