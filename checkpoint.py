@@ -6,6 +6,7 @@ config. Released Strip-MLP and Swin-style files (a yacs CfgNode among their valu
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections import OrderedDict
@@ -73,21 +74,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = torch_reason(error)
+        asked_for = re.search(r"GLOBAL (\S+)", str(error))
+        if asked_for is None:
+            raise CheckpointError(f"{path}: not a checkpoint, or damaged: its pickle cannot be read") from error
         raise CheckpointError(
-            f"{path}: refused: it asks for more than tensors and plain types ({found}), which could run code"
+            f"{path}: refused: it asks for {asked_for[1]}, which could run code; accepted: tensors and plain types"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint, or damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
     return content
-
-
-def torch_reason(error: pickle.UnpicklingError) -> str:
-    """The line of torch's long message that says what the file asked for."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line.partition(": ")[2] for line in lines if line.startswith("WeightsUnpickler error:")), lines[0])
 
 
 def find_weights(content: Mapping, path: str | Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Precedence, lowest first: the defaults below, the files in a YAML's `BASE`, the 
 import argparse
 import ast
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,16 @@ def coerce(value: Any, default: Any, where: str) -> Any:
     raise ConfigError(f"{where} is {value!r}; accepted: {accepted}")
 
 
+def save_config(config: CfgNode, folder: Path) -> None:
+    """Writes the config to `<folder>/config.yaml`, from which --cfg loads it back. A different one there is kept as
+    `config_old<n>.yaml`."""
+    path, text = folder / "config.yaml", config.dump()
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        free = next(old for n in itertools.count(1) if not (old := folder / f"config_old{n}.yaml").exists())
+        path.rename(free)
+    path.write_text(text, encoding="utf-8")
+
+
 def _one_of(*accepted: str) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value in accepted, ", ".join(accepted)
 
@@ -466,11 +477,6 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
         raise ConfigError(
             f"{says('TRAIN.WARMUP_EPOCHS')}, not less than TRAIN.EPOCHS, {config.TRAIN.EPOCHS}; "
             "set both, for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
-        )
-    if (config.AUG.MIXUP > 0 or config.AUG.CUTMIX > 0) and config.DATA.BATCH_SIZE % 2:
-        raise ConfigError(
-            f"{says('DATA.BATCH_SIZE')}, an odd number; mixup and cutmix pair the images of a batch: use an even "
-            "number, or AUG.MIXUP 0 AUG.CUTMIX 0"
         )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import main_eval
 from checkpoint import FORMAT, load_pretrained, load_weights, read_training_state, save_checkpoint
-from config import add_arguments, get_config, leaves
+from config import add_arguments, get_config, leaves, save_config
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
 from distributed import World, close_world, init_world
 from engine import evaluate, resolve_amp, steps_per_epoch, train_one_epoch
@@ -88,8 +88,16 @@ def train(config, notes: list[str], world: World) -> None:
         state = resume(config, model, Path(config.MODEL.RESUME), logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger)
+    if world.is_main:
+        save_config(config, folder)
     start_epoch = state["epoch"] if state else 0
     best = state["best"] if state else {"top1": -1.0, "epoch": 0}
+    if start_epoch >= config.TRAIN.EPOCHS:
+        logger.info(
+            f"nothing left to train: {start_epoch} of {config.TRAIN.EPOCHS} epochs are done, best top-1 "
+            f"{best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder}"
+        )
+        return
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer and schedule
@@ -122,8 +130,6 @@ def train(config, notes: list[str], world: World) -> None:
     # -----------------------------------------------------------------------------------------------------------------
     # Epochs
     # -----------------------------------------------------------------------------------------------------------------
-    if start_epoch >= config.TRAIN.EPOCHS:
-        logger.info(f"nothing left to train: {start_epoch} of {config.TRAIN.EPOCHS} epochs are done ({last})")
     metrics_log = MetricsLog(folder, start_epoch, logger) if world.is_main else None
     for epoch in range(start_epoch, config.TRAIN.EPOCHS):
         metrics = train_one_epoch(
@@ -184,7 +190,7 @@ def create_run_folder(config) -> Path:
 
 
 def log_start(config, notes: list[str], model: nn.Module, world: World, logger: Logger) -> None:
-    """What is run on what; the config goes to the log and, as YAML that can be given to --cfg, to config.yaml."""
+    """What is run on what."""
     for note in notes:
         logger.warning(note)
     logger.info(f"config:\n{config.dump()}")

@@ -24,7 +24,10 @@ def run_entry_point(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        message = str(error)
+        if message.startswith("Caught "):  # in a loader process, whose traceback PyTorch puts before the message
+            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        print(f"{rank}error: {message}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
 
 

@@ -3,10 +3,20 @@
 from collections.abc import Callable
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
+
+from config import ConfigError
+
+
+def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
+    """timm's operation, which may be asked to keep 0 bits: black, as Pillow gave before version 13 made it an error."""
+    return Image.new(image.mode, image.size) if bits == 0 else auto_augment.posterize(image, bits, **options)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
 # Up to this IMG_SIZE, images are small to begin with: a random resized crop or a centre crop would lose much of them.
 SMALL_IMAGE = 32
@@ -49,9 +59,18 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
 
 def build_mixup(config, num_classes: int) -> Mixup | None:
     """timm's mixup / cutmix on batches, (images, labels) -> (images, soft targets); None where both are off. Label
-    smoothing is part of its soft targets."""
+    smoothing is part of its soft targets.
+
+    Raises:
+        ConfigError: a batch size that is odd.
+    """
     if config.AUG.MIXUP <= 0 and config.AUG.CUTMIX <= 0:
         return None
+    if config.DATA.BATCH_SIZE % 2:
+        raise ConfigError(
+            f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but mixup and cutmix pair the images of a batch; accepted: "
+            "an even number, or AUG.MIXUP 0 AUG.CUTMIX 0"
+        )
     return Mixup(
         mixup_alpha=config.AUG.MIXUP,
         cutmix_alpha=config.AUG.CUTMIX,

@@ -27,12 +27,15 @@ def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_running_stats(module: nn.Module):
-    """Inside, BatchNorms of `module` in training mode normalise by the batch but do not update running statistics."""
+    """Inside, BatchNorms of `module` in training mode normalise by the batch but leave their buffers as they are."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    # Without running statistics altogether, BatchNorm would keep fewer tensors for its backward pass than it did in
+    # the forward pass, which checkpointing takes for an error.
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
