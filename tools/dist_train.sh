@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on N processes of this machine (one GPU each, or CPU):
+#   bash tools/dist_train.sh configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml 8 --data-path DATA --batch-size 128
+# PYTHON names the interpreter, PORT the rendezvous port.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  echo "usage: bash tools/dist_train.sh CONFIG PROCESSES [options of main.py]" >&2
+  exit 2
+fi
+config=$1 processes=$2
+shift 2
+exec "${PYTHON:-python}" -m torch.distributed.run --nproc_per_node "$processes" --master_port "${PORT:-29500}" \
+  "$(dirname "$0")/../main.py" --cfg "$config" "$@"
