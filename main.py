@@ -26,7 +26,7 @@ from engine import evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model
-from optimizer import build_optimizer
+from optimizer import build_optimizer, load_optimizer_state
 from utils import UserError, run_entry_point, seed_all
 
 
@@ -111,8 +111,9 @@ def train(config, notes: list[str], world: World) -> None:
     amp = resolve_amp(config, world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        load_optimizer_state(optimizer, state["optimizer"])
+        if state["scaler"] and scaler.is_enabled():  # both empty or off outside float16
+            scaler.load_state_dict(state["scaler"])
     logger.info(
         f"{len(sources.train)} training and {len(sources.val)} validation images, {config.MODEL.NUM_CLASSES} classes; "
         f"{steps} steps per epoch; peak lr {config.TRAIN.BASE_LR * scale:.3e} = {config.TRAIN.BASE_LR:g} x global "

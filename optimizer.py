@@ -17,6 +17,16 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     return torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=fused)
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Restores the moments of a checkpoint; hyper-parameters stay as the optimizer was built with them, so that a
+    config that was changed, or another device, counts."""
+    groups = [
+        {**saved, **{key: value for key, value in group.items() if key != "params"}}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters with weight decay, then those without.
 
