@@ -493,10 +493,12 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Ten
         name = released_name
         for pattern, replacement in RELEASED_NAMES:
             name = re.sub(pattern, replacement, name)
-        if re.search(r"\.strip_[hw]\.(weight|bias)$", name):
-            length = state_dict[released_name.rsplit(".", 1)[0] + ".weight"].shape[1]
-            value = value.squeeze(2) if value.ndim == 4 else value
-            value = value.unflatten(0, (-1, length))
+        if name.endswith((".strip_h.weight", ".strip_w.weight")):
+            value = value.squeeze(2).unflatten(0, (-1, value.shape[1]))
+        elif name.endswith((".strip_h.bias", ".strip_w.bias")):
+            weight = state_dict.get(released_name.removesuffix("bias") + "weight")
+            if weight is not None:  # else loading reports it as missing
+                value = value.unflatten(0, (-1, weight.shape[1]))
         elif ".grn." in name:
             value = value.flatten()
         converted[name] = value
