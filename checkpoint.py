@@ -4,6 +4,7 @@ Ours hold tensors and plain types under the keys format, model, optimizer, scale
 config. Released Strip-MLP and Swin-style files (a yacs CfgNode among their values) can be read too.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -49,15 +50,24 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
                 os.link(temporary, link)
             except OSError:  # no hard links here (some network file systems)
                 shutil.copyfile(temporary, link)
+                _sync(link)
             os.replace(link, path)
         os.replace(temporary, paths[-1])
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)  # the new names themselves
-        os.close(descriptor)
+        _sync(folder)  # the new names themselves
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        link.unlink(missing_ok=True)
+        for leftover in (temporary, link):
+            with contextlib.suppress(OSError):  # a folder that is none: nothing was left in it
+                leftover.unlink()
         raise CheckpointError(f"{paths[-1]}: cannot be written: {error}; the one before is untouched") from error
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -80,8 +90,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: refused: it asks for {asked_for[1]}, which could run code; accepted: tensors and plain types"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint, or damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # what a damaged file makes of PyTorch's reader can be any exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a checkpoint, or damaged: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
     return content
@@ -96,7 +107,7 @@ def find_weights(content: Mapping, path: str | Path) -> dict[str, Tensor]:
             break
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no weights; its keys: {', '.join(map(str, list(content)[:8]))}")
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in content.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
 
 
 def convert_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ import argparse
 import ast
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yacs.config import CfgNode
@@ -312,15 +313,27 @@ class _Merge:
         self.origins[key] = where
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2's booleans: `AMP: off` and `CACHE_MODE: no` are words, not False."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+
+
 def read_yaml(path: Path) -> dict:
     """A YAML file's mapping, through the safe loader only (no Python objects, no code)."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a config must be a .yaml or .yml file; anything else (.py above all) is not read")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8, month 13
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; accepted: a mapping of config keys")
@@ -358,8 +371,9 @@ def coerce(value: Any, default: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {value!r}; accepted: text")
     if isinstance(value, str):
         try:
-            literal = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            words = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+            literal = ast.literal_eval(words.get(value.lower(), value))
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             literal = value
     else:
         literal = value
@@ -475,8 +489,8 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
             raise ConfigError(f"{says(key)}; accepted: {accepted}")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         raise ConfigError(
-            f"{says('TRAIN.WARMUP_EPOCHS')}, not less than TRAIN.EPOCHS, {config.TRAIN.EPOCHS}; "
-            "set both, for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+            f"{says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; accepted: a warm-up shorter than the training, "
+            "for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
         )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,15 @@ class MetricsLog:
             return float("inf")  # cut off in the middle
 
     def write(self, metrics: dict[str, Any]) -> None:
+        """Adds one epoch; a number that JSON does not have (a loss over no readable image) is written as null."""
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():
-            if name != "epoch":
+            if name != "epoch" and value is not None:
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
 

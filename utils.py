@@ -37,7 +37,8 @@ def seed_all(*position: int) -> None:
     Positions that differ give independent streams, so that what is drawn at a position does not depend on what was
     drawn before it: a resumed run draws what an uninterrupted one does.
     """
-    words = np.random.SeedSequence(position).generate_state(4)
+    # With its length, because SeedSequence takes (0,) and (0, 0) for the same.
+    words = np.random.SeedSequence((len(position), *position)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ class FileSource(Source):
     def load(self, index: int) -> Image.Image:
         encoded = self._cached.get(index)
         with Image.open(io.BytesIO(self.read(index) if encoded is None else encoded)) as image:
+            if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
 
 
@@ -114,7 +117,11 @@ class ZipSource(FileSource):
             if not path.is_file():
                 raise DataError(f"{path}: no such file; --zip needs {archive.name} and {listing.name} in one folder")
         self._members, self.targets = [], []
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = listing.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{listing}: not UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, 1):
             member, _, label = line.rpartition("\t")
             if not member or not label.isdecimal():
                 raise DataError(f"{listing}, line {number}: {line!r}; accepted: path, tab, label (0, 1, 2, ...)")
@@ -136,7 +143,7 @@ class ZipSource(FileSource):
             self._zip = zipfile.ZipFile(self._archive)
         try:
             return self._zip.read(self._members[index])
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise OSError(str(error)) from error
 
     def name(self, index: int) -> str:

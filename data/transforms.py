@@ -31,17 +31,23 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     # PIL resizes with one method at a time; "random" is a training option of timm's.
     whole = str_to_interp_mode("bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION)
     if is_train:
-        transform = create_transform(
-            input_size=size,
-            is_training=True,
-            hflip=config.AUG.HFLIP,
-            color_jitter=config.AUG.COLOR_JITTER or None,
-            auto_augment=None if config.AUG.AUTO_AUGMENT in ("none", "") else config.AUG.AUTO_AUGMENT,
-            interpolation=config.DATA.INTERPOLATION,
-            re_prob=config.AUG.REPROB,
-            re_mode=config.AUG.REMODE,
-            re_count=config.AUG.RECOUNT,
-        )
+        try:
+            transform = create_transform(
+                input_size=size,
+                is_training=True,
+                hflip=config.AUG.HFLIP,
+                color_jitter=config.AUG.COLOR_JITTER or None,
+                auto_augment=None if config.AUG.AUTO_AUGMENT in ("none", "") else config.AUG.AUTO_AUGMENT,
+                interpolation=config.DATA.INTERPOLATION,
+                re_prob=config.AUG.REPROB,
+                re_mode=config.AUG.REMODE,
+                re_count=config.AUG.RECOUNT,
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r} ({error}); accepted: timm's policies, such as "
+                "rand-m9-mstd0.5-inc1, original or augmix-m5-w4-d2, or none"
+            ) from error
         if small:
             random_resized_crop, *others = transform.transforms
             assert "Crop" in type(random_resized_crop).__name__, "timm's training transform starts with its crop"

@@ -1,6 +1,7 @@
 """The model that a config describes."""
 
 import difflib
+import warnings
 
 import timm
 from torch import nn
@@ -51,6 +52,12 @@ def build_timm_model(config) -> nn.Module:
         raise ValueError(f"MODEL.NAME is {name!r}, which timm {timm.__version__} does not have; {hint}")
     pretrained_cfg = timm.get_pretrained_cfg(name)
     sized = {"img_size": config.DATA.IMG_SIZE} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
-    return timm.create_model(
-        name, num_classes=config.MODEL.NUM_CLASSES, drop_path_rate=config.MODEL.DROP_PATH_RATE, **sized
-    )
+    arguments = {"num_classes": config.MODEL.NUM_CLASSES, **sized}
+    if config.MODEL.DROP_PATH_RATE > 0:
+        try:
+            return timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **arguments)
+        except TypeError as error:
+            if "drop_path_rate" not in str(error):
+                raise
+            warnings.warn(f"{name} has no stochastic depth: MODEL.DROP_PATH_RATE is ignored", stacklevel=2)
+    return timm.create_model(name, **arguments)

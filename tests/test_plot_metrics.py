@@ -117,7 +117,7 @@ def test_panels_hold_the_numbers(tmp_path):
     ]
 
 
-def test_title_is_the_folder_name_even_for_the_current_folder(tmp_path, monkeypatch):
+def test_title_is_the_model_and_tag_even_for_the_current_folder(tmp_path, monkeypatch):
     run = write_run(tmp_path / r"not a formula $\frac$", [epoch_record(1)])
     figures = []
     draw_metrics = tool.draw_metrics
@@ -129,7 +129,7 @@ def test_title_is_the_folder_name_even_for_the_current_folder(tmp_path, monkeypa
     monkeypatch.setattr(tool, "draw_metrics", remember)
     monkeypatch.chdir(run)
     tool.main(["."])
-    assert [figure.get_suptitle() for figure in figures] == [run.name]
+    assert [figure.get_suptitle() for figure in figures] == [f"{tmp_path.name}/{run.name}"]
     assert pixels(run / "curves.png").size
 
 

@@ -1,7 +1,14 @@
 """Training and evaluation through main.py and main_eval.py, on one process."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +149,25 @@ def test_evaluation_of_the_best_checkpoint_by_default_and_as_json(digits_run, tm
     # main.py --eval is the same thing
     same = python(*PICO, "--output", digits_run.parents[1], "--eval", "--opts", *TINY)
     assert f"top-1 {best['top1']:.3f} %" in same.stdout
+
+
+def test_a_progress_bar_where_a_person_watches_and_plain_lines_elsewhere(digits_run, tmp_path):
+    assert "it/s" not in python(*PICO, "--output", tmp_path / "pipe", "--opts", *TINY).stdout
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, *PICO, "--output", str(tmp_path / "tty"), "--opts", *TINY]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal, env=env)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side of a terminal is closed
+        while chunk := os.read(controller, 65536):
+            shown += chunk
+    os.close(controller)
+    assert process.wait() == 0
+    assert b"epoch 1:" in shown
+    assert b"it/s" in shown
+    assert b"\x1b[32m" in shown  # colours
 
 
 def test_throughput():

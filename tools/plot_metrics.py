@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"run {run} has no metrics.jsonl: accepted is a folder that training has written")
         if output.suffix.lower() != ".png":
             raise ValueError(f"--output {output} is no PNG file: accepted is a name that ends in .png")
-        figure = draw_metrics(read_metrics(metrics), run.resolve().name)
+        title = "/".join(run.resolve().parts[-2:])  # MODEL.NAME/TAG
+        figure = draw_metrics(read_metrics(metrics), title)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:

@@ -1,0 +1,657 @@
+"""One epoch of training, evaluation, throughput; mixed precision; this process's place in the world."""
+
+import contextlib
+import itertools
+import logging
+import math
+import random
+import re
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import distributed
+import engine
+from config import get_default_config
+from data import build_mixup, build_train_loader
+from data.dataset import Sample
+from data.sources import ArraySource
+from distributed import World, close_world, init_world
+from engine import evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from optimizer import build_optimizer
+from utils import UserError, seed_all
+
+LR = 0.1
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def config_with(**values):
+    """Plain SGD at full precision and batches of 4, but for what is given; `A__B` stands for A.B."""
+    plain = {
+        "DATA__BATCH_SIZE": 4,
+        "DATA__IMG_SIZE": 32,
+        "DATA__NUM_WORKERS": 0,
+        "MODEL__LABEL_SMOOTHING": 0.0,
+        "TRAIN__OPTIMIZER__NAME": "sgd",
+        "TRAIN__OPTIMIZER__MOMENTUM": 0.0,
+        "TRAIN__WEIGHT_DECAY": 0.0,
+        "TRAIN__CLIP_GRAD": 0.0,
+        "AMP": "off",
+    }
+    config = get_default_config()
+    for key, value in {**plain, **values}.items():
+        config.merge_from_list([key.replace("__", "."), value])
+    return config
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, rank, size, CPU)
+
+
+ALONE = world()
+
+
+class Loader(list):
+    """Batches in memory with what the engine asks of a loader."""
+
+    def __init__(self, batches=()):
+        super().__init__(batches)
+        self.epochs = []
+        self.sampler = SimpleNamespace(set_epoch=self.epochs.append)
+        self.dataset = SimpleNamespace(source=SimpleNamespace(name=lambda index: f"file {index}"))
+
+
+def batches(images, targets, size: int = 4, readable=None) -> Loader:
+    readable = torch.ones(len(images), dtype=torch.bool) if readable is None else torch.as_tensor(readable)
+    parts = (part.split(size) for part in (images, torch.as_tensor(targets), torch.arange(len(images)), readable))
+    return Loader(Sample(*part) for part in zip(*parts, strict=True))
+
+
+def noise(count: int, features: int = 6, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, features, generator=generator)
+    return images, torch.randint(classes, (count,), generator=generator)
+
+
+def linear(features: int = 6, classes: int = 3) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(features, classes)
+
+
+class Schedule:
+    """A rate of its own for each step, and the steps it was asked for."""
+
+    def __init__(self, optimizer, rate=lambda step: LR):
+        self.optimizer, self.rate, self.steps = optimizer, rate, []
+
+    def step_update(self, step: int) -> None:
+        self.steps.append(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+
+
+class Log(logging.Logger):
+    def __init__(self):
+        super().__init__("test")
+        self.messages = []
+
+    def handle(self, record):
+        self.messages.append((record.levelname, record.getMessage()))
+
+    def of(self, level: str) -> list[str]:
+        return [message for found, message in self.messages if found == level]
+
+
+def train(config, model, loader, *, mixup=None, epoch=0, world=ALONE, scaler=None, rate=lambda step: LR, log=None):
+    """Trains one epoch; gives its metrics and the schedule."""
+    optimizer = build_optimizer(config, model, LR)
+    schedule = Schedule(optimizer, rate)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    metrics = train_one_epoch(
+        config, model, loader, optimizer, schedule, scaler, mixup, epoch, world, Log() if log is None else log
+    )
+    return metrics, schedule
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulation", "expected"), [(8, 1, 8), (8, 2, 4), (8, 3, 3), (8, 8, 1), (8, 9, 1), (9, 4, 3)]
+)
+def test_steps_per_epoch(batches, accumulation, expected):
+    assert steps_per_epoch([None] * batches, accumulation) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulation_equals_a_larger_batch(optimizer):
+    """Through the real loader, with augmentation, which depends on seed, epoch and index alone."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
+    source = ArraySource(images, [i % 3 for i in range(32)], "abc", "noise")
+    found = []
+    for batch, accumulation in ((16, 1), (8, 2), (4, 4), (2, 8)):
+        config = config_with(
+            DATA__BATCH_SIZE=batch,
+            TRAIN__ACCUMULATION_STEPS=accumulation,
+            TRAIN__OPTIMIZER__NAME=optimizer,
+            TRAIN__WEIGHT_DECAY=0.05,
+            TRAIN__CLIP_GRAD=0.5,
+            MODEL__LABEL_SMOOTHING=0.1,
+        )
+        model = nn.Sequential(nn.Flatten(), linear(3 * 32 * 32))
+        before = weights(model)
+        loader = build_train_loader(config, source, ALONE)
+        metrics, schedule = train(config, model, loader, epoch=2, rate=lambda step: 0.01)
+        assert schedule.steps == [4, 5]
+        found.append((weights(model) - before, metrics["train_loss"]))
+    for change, loss in found[1:]:
+        torch.testing.assert_close(change, found[0][0], rtol=1e-3, atol=1e-6)
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_shorter_last_group_and_rate_of_each_step():
+    """Batches of 4 in groups of 4, 4 and 2: steps of 16, 16 and 8 images, each at its own rate."""
+    images, targets = noise(40)
+    model, reference = linear(), linear()
+
+    def rate(step):
+        return 0.1 / (1 + step)
+
+    config = config_with(TRAIN__ACCUMULATION_STEPS=4)
+    metrics, schedule = train(config, model, batches(images, targets), epoch=5, rate=rate)
+    assert schedule.steps == [15, 16, 17]
+    losses = []
+    for step, group in zip(schedule.steps, (slice(0, 16), slice(16, 32), slice(32, 40)), strict=True):
+        losses += [
+            F.cross_entropy(reference(i), t).item()
+            for i, t in zip(images[group].split(4), targets[group].split(4), strict=True)
+        ]
+        gradients = torch.autograd.grad(
+            F.cross_entropy(reference(images[group]), targets[group]), list(reference.parameters())
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter -= rate(step) * gradient
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-5, atol=1e-6)
+    assert metrics["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["lr"] == rate(17)
+
+
+def test_processes_wait_for_each_other_once_per_step(monkeypatch):
+    """DistributedDataParallel's no_sync in all passes but the last of each step."""
+    events = []
+
+    class Wrapped(nn.Linear):
+        @contextlib.contextmanager
+        def no_sync(self):
+            events.append("no_sync")
+            yield
+
+        def forward(self, x):
+            events.append("forward")
+            return super().forward(x)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(2))
+    metrics, _ = train(config_with(TRAIN__ACCUMULATION_STEPS=3), Wrapped(6, 3), batches(*noise(20)), world=world(0, 2))
+    assert events == ["no_sync", "forward", "no_sync", "forward", "forward", "no_sync", "forward", "forward"]
+    assert math.isfinite(metrics["train_loss"])
+
+
+# What an epoch does to the gradients
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    images, targets = noise(4)
+    steps = []
+    for clip in (0.0, 0.01):
+        model = linear()
+        before = weights(model)
+        train(config_with(TRAIN__CLIP_GRAD=clip), model, batches(100 * images, targets))
+        steps.append(weights(model) - before)
+    assert steps[0].norm() > 0.1
+    assert steps[1].norm().item() == pytest.approx(LR * 0.01, rel=1e-3)
+    torch.testing.assert_close(steps[1] / steps[1].norm(), steps[0] / steps[0].norm(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_float16_scaling_does_not_change_the_step(clip):
+    images, targets = noise(8)
+    found = []
+    for amp in ("off", "float16"):
+        model = linear()
+        before = weights(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=amp == "float16")
+        config = config_with(AMP=amp, TRAIN__CLIP_GRAD=clip, TRAIN__ACCUMULATION_STEPS=2)
+        train(config, model, batches(images, targets), scaler=scaler)
+        found.append(weights(model) - before)
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=0.01 * found[0].abs().max().item())
+
+
+def test_float16_step_that_overflows_is_skipped():
+    images, targets = noise(8)
+    model = linear()
+    before = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    train(config_with(AMP="float16", TRAIN__CLIP_GRAD=1.0), model, batches(100 * images, targets), scaler=scaler)
+    assert torch.equal(weights(model), before)
+    assert scaler.get_scale() == 2.0**14  # halved in both steps
+
+
+@pytest.mark.parametrize(
+    ("amp", "expected"), [("off", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_precision_of_the_model(amp, expected):
+    found = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            found.append((y := super().forward(x)).dtype)
+            return y
+
+    config = config_with(AMP=amp)
+    model, data = Model(6, 3), batches(*noise(8))
+    train(config, model, data)
+    evaluate(config, model, data, ALONE, Log())
+    assert found == [expected] * 4
+    assert model.weight.dtype == torch.float32
+
+
+# The loss
+
+
+def test_label_smoothing_without_mixup():
+    images, targets = noise(4)
+    model = linear()
+    expected = F.cross_entropy(model(images), targets, label_smoothing=0.3).item()
+    metrics, _ = train(config_with(MODEL__LABEL_SMOOTHING=0.3), model, batches(images, targets))
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_mixup_gives_soft_targets_that_are_not_smoothed_again():
+    config = config_with(MODEL__LABEL_SMOOTHING=0.3, SEED=7)
+    model = nn.Sequential(nn.Flatten(), linear(3 * 8 * 8))
+    images, targets = noise(12, 3 * 8 * 8)
+    data = batches(images.view(12, 3, 8, 8), targets)
+    expected = []
+    for i, batch in enumerate(data):
+        seed_all(7, 4, i, 1)
+        mixed, soft = build_mixup(config, 3)(batch.image.clone(), batch.target)
+        expected.append(F.cross_entropy(model(mixed), soft).item())
+    metrics, _ = train(
+        config, model, data, mixup=build_mixup(config, 3), epoch=4, world=world(rank=1), rate=lambda step: 0.0
+    )
+    assert metrics["train_loss"] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(bad):
+    images, targets = noise(40)
+    images[9] = bad  # in the third batch
+    with pytest.raises(UserError) as error:
+        train(config_with(PRINT_FREQ=1), linear(), batches(images, targets), epoch=6, rate=lambda step: 0.125)
+    for part in ("loss is nan", "epoch 7, step 3", "lr 1.250e-01", "AMP off"):
+        assert part in str(error.value)
+
+
+def test_loss_that_was_not_finite_between_the_log_lines():
+    """Overflows once, without a trace in the weights."""
+    images, targets = noise(24)
+    images[9] = float("inf")
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.nan_to_num(posinf=0.0)) + (float("inf") if x.isinf().any() else 0)
+
+    with pytest.raises(UserError, match=r"loss is nan in epoch 1"):
+        train(config_with(PRINT_FREQ=5), Model(6, 3), batches(images, targets), rate=lambda step: 0.0)
+
+
+# Randomness and bookkeeping
+
+
+def test_draws_depend_on_seed_epoch_batch_and_rank():
+    def draws(**arguments):
+        found = []
+
+        class Model(nn.Linear):
+            def forward(self, x):
+                found.append((torch.rand(1).item(), random.random(), float(np.random.rand())))
+                return super().forward(x)
+
+        seed = arguments.pop("seed", 3)
+        torch.rand(random.randrange(9))  # whatever was drawn before
+        train(config_with(SEED=seed), Model(6, 3), batches(*noise(12)), **arguments)
+        return found
+
+    first = draws()
+    assert len({torch_draw for torch_draw, *_ in first}) == 3
+    assert draws() == first
+    for other in (draws(epoch=1), draws(world=world(rank=1)), draws(seed=4)):
+        for a, b in zip(first, other, strict=True):
+            assert not set(a) & set(b)
+
+
+def test_metrics_and_modes():
+    loader = batches(*noise(12), readable=[True] * 9 + [False] * 3)
+    model = nn.Sequential(nn.BatchNorm1d(6), linear()).eval()
+    log = Log()
+    metrics, _ = train(config_with(), model, loader, epoch=3, log=log)
+    assert loader.epochs == [3]
+    assert model.training
+    assert model[0].num_batches_tracked == 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert metrics["unreadable_train"] == 3
+    assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"])
+    assert 10 < metrics["memory_mb"] < 1e6
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (9, 10, 11)]
+
+
+@pytest.mark.parametrize(("accumulation", "expected"), [(1, [4, 8, 10]), (3, [4])])
+def test_log_lines(accumulation, expected):
+    log = Log()
+    config = config_with(PRINT_FREQ=4, TRAIN__ACCUMULATION_STEPS=accumulation, TRAIN__EPOCHS=9)
+    train(config, linear(), batches(*noise(40)), epoch=1, log=log)
+    lines = log.of("INFO")
+    steps = math.ceil(10 / accumulation)
+    assert [int(re.search(rf"epoch 2/9 step (\d+)/{steps} ", line)[1]) for line in lines] == expected
+    for line in lines:
+        for part in (" eta 0:00:", " lr 1.000e-01 ", " loss ", " grad_norm ", " images/s", " MB"):
+            assert part in line
+
+
+def test_only_so_many_unreadable_files_are_named():
+    log = Log()
+    metrics, _ = train(config_with(), linear(), batches(*noise(40), readable=[False] * 40), log=log)
+    assert metrics["unreadable_train"] == 40
+    assert len(log.of("WARNING")) == engine.MOST_NAMED_FILES
+    assert "only counted" in log.of("WARNING")[-1]
+
+
+# Waiting for the device
+
+WAITING = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Counts what would wait for a CUDA device, by the number of forward passes before it."""
+    counts, passes = {}, itertools.count(1)
+
+    def noted(method):
+        def call(tensor, *args, **kwargs):
+            counts[waits.passes] = counts.get(waits.passes, 0) + 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            waits.passes = next(passes)
+            return super().forward(x)
+
+    waits = SimpleNamespace(counts=counts, passes=0, model=Model(6, 3))
+    for name in WAITING:
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    return waits
+
+
+def test_training_waits_for_the_device_at_log_lines_only(waits):
+    data = batches(*noise(40))
+    for i, batch in enumerate(data):
+        # Flags of the loader stay on the CPU: as arrays, they are not counted.
+        data[i] = batch._replace(readable=batch.readable.numpy())
+    waits.counts.clear()
+    train(config_with(PRINT_FREQ=4, TRAIN__CLIP_GRAD=1.0), waits.model, data)
+    assert set(waits.counts) == {4, 8, 10}
+
+
+def test_evaluation_waits_for_the_device_at_the_end_only(waits):
+    class Flags(torch.Tensor):
+        """Flags of the loader, whose use on the CPU is not counted."""
+
+        def all(self):
+            return True
+
+    data = batches(*noise(40))
+    for i, batch in enumerate(data):
+        data[i] = batch._replace(readable=batch.readable.as_subclass(Flags))
+    evaluate(config_with(), waits.model, data, ALONE, Log())
+    assert set(waits.counts) == {10}
+
+
+# Evaluation
+
+
+def by_hand(logits: torch.Tensor, targets, readable) -> dict[str, float]:
+    top1 = top5 = loss = 0
+    for row, target, good in zip(logits.tolist(), targets, readable, strict=True):
+        if not good:
+            continue
+        loss += math.log(sum(math.exp(x) for x in row)) - row[target]
+        order = sorted(range(len(row)), key=lambda c: -row[c])
+        top1 += order[0] == target
+        top5 += target in order[:5]
+    n = len(logits)
+    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "val_loss": loss / sum(readable), "images": n}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 9])
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_evaluation_by_hand(size, classes):
+    """11 images in batches of `size`, the last with the remainder; images are their own logits."""
+    logits, targets = noise(11, features=classes, classes=classes)
+    readable = [i not in (2, 10) for i in range(11)]
+    targets[:4] = logits[:4].argmax(dim=1)  # right, but that 2 is unreadable
+    loader = batches(logits, targets, size, readable)
+    log = Log()
+    found = evaluate(config_with(), nn.Identity(), loader, ALONE, log)
+    expected = by_hand(logits, targets.tolist(), readable)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert found["unreadable_val"] == 2
+    assert 0 < found["top1"] < 100
+    assert found["val_images_per_second"] == pytest.approx(11 / found["val_seconds"])
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (2, 10)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_never_correct(bad):
+    logits = torch.eye(6) * 5
+    logits[0, 0] = bad  # at the target
+    logits[1, 4] = bad  # elsewhere
+    logits[2] = bad
+    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6)), ALONE, Log())
+    assert found["top1"] == found["top5"] == 50
+    assert found["images"] == 6
+
+
+def test_all_images_unreadable():
+    found = evaluate(config_with(), nn.Identity(), batches(torch.eye(6), range(6), readable=[False] * 6), ALONE, Log())
+    assert (found["top1"], found["top5"], found["unreadable_val"]) == (0, 0, 6)
+    assert math.isnan(found["val_loss"])
+
+
+def test_unreadable_image_does_not_spoil_the_loss():
+    logits = torch.eye(6)
+    logits[3] = float("nan")
+    readable = [i != 3 for i in range(6)]
+    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6), readable=readable), ALONE, Log())
+    assert found["val_loss"] == pytest.approx(math.log(math.e + 5) - 1)
+
+
+def test_evaluation_of_several_processes(monkeypatch):
+    """Counts are summed over processes; here the others have had the same images."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(3))
+    logits, targets = noise(11, features=4, classes=4)
+    readable = [i != 2 for i in range(11)]
+    found = evaluate(config_with(), nn.Identity(), batches(logits, targets, 4, readable), world(0, 3), Log())
+    expected = {**by_hand(logits, targets.tolist(), readable), "images": 33, "unreadable_val": 3}
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_process_without_images(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.add_(2))
+    found = evaluate(config_with(), nn.Identity(), Loader(), world(3, 4), Log())
+    assert (found["top1"], found["images"]) == (100, 2)
+
+
+def test_evaluation_leaves_the_model_in_evaluation_mode_and_unchanged():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.9), linear()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = []
+    model.register_forward_hook(lambda module, args, output: grads.append(output.requires_grad))
+    data = batches(*noise(12))
+    first = evaluate(config_with(), model, data, ALONE, Log())
+    assert not any(module.training for module in model.modules())
+    assert evaluate(config_with(), model, data, ALONE, Log())["val_loss"] == first["val_loss"]
+    assert not any(grads)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# Throughput
+
+
+@pytest.mark.parametrize(
+    ("seconds", "passes", "expected"),
+    [
+        # A first pass to warm up, 30 that count.
+        ([9.0] + [0.1] * 14 + [0.2] * 16, 31, 8 / 0.2),
+        ([9.0] + [0.1] * 16 + [0.2] * 14, 31, 8 / 0.1),
+        # No more are begun after 20 seconds, but for the first three.
+        ([9.0] + [5.0] * 30, 4, 8 / 5.0),
+        ([0.0] + [4.0] * 30, 7, 8 / 4.0),
+    ],
+)
+def test_throughput_is_of_the_median_pass(monkeypatch, seconds, passes, expected):
+    now, done = 0.0, 0
+
+    class Model(nn.Module):
+        def forward(self, x):
+            nonlocal now, done
+            now += seconds[done]
+            done += 1
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    model = Model().train()
+    assert throughput(config_with(), model, torch.zeros(8, 3), ALONE) == pytest.approx(expected)
+    assert done == passes
+    assert not model.training
+
+
+# Mixed precision by config and device
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "has_bfloat16", "expected"),
+    [
+        ("auto", "cpu", False, None),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("on", "cpu", False, torch.bfloat16),
+        ("on", "cuda", True, torch.bfloat16),
+        ("on", "cuda", False, torch.float16),
+        ("off", "cpu", False, None),
+        ("off", "cuda", True, None),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("bfloat16", "cuda", False, torch.bfloat16),
+        ("float16", "cpu", False, torch.float16),
+        ("float16", "cuda", True, torch.float16),
+    ],
+)
+def test_resolve_amp(monkeypatch, amp, device, has_bfloat16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16)
+    assert resolve_amp(config_with(AMP=amp), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01")])
+def test_clock(seconds, expected):
+    assert engine.clock(seconds) == expected
+
+
+# The world
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets what a launcher puts into the environment, on a machine with some number of GPUs."""
+
+    def launched(gpus=0, **environment):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: devices.append(index))
+        monkeypatch.setattr(
+            distributed.dist, "init_process_group", lambda *args, **kwargs: groups.append((args, kwargs))
+        )
+        return devices, groups
+
+    devices, groups = [], []
+    return launched
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_world_of_one_process(launched, device):
+    _, groups = launched()
+    found = init_world(device)
+    assert found == World(0, 0, 1, CPU)
+    assert found.is_main
+    assert not found.distributed
+    assert groups == []
+    close_world(found)
+    assert distributed.all_reduce_sum(torch.tensor(3.0), found) == 3
+
+
+def test_world_of_several_processes_on_the_cpu(launched):
+    _, groups = launched(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    found = init_world("auto")
+    assert found == World(5, 1, 8, CPU)
+    assert not found.is_main
+    assert groups == [(("gloo",), {"device_id": None})]
+
+
+def test_world_of_several_processes_on_gpus(launched):
+    devices, groups = launched(gpus=4, RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    found = init_world("auto")
+    assert found == World(5, 1, 8, torch.device("cuda", 1))
+    assert devices == [1]
+    assert groups == [(("nccl",), {"device_id": torch.device("cuda", 1)})]
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, 2), ({"LOCAL_RANK": 1}, 1)])
+def test_local_rank_as_an_argument(launched, environment, expected):
+    launched(**environment)
+    assert init_world("cpu", local_rank=2).local_rank == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "processes", "parts"),
+    [
+        ("cuda", 0, 1, ["1 process ", "0 CUDA devices", "--device cpu"]),
+        ("cuda", 2, 4, ["4 processes", "2 CUDA devices"]),
+        ("auto", 2, 4, ["4 processes", "2 CUDA devices"]),
+    ],
+)
+def test_more_processes_than_gpus(launched, device, gpus, processes, parts):
+    _, groups = launched(gpus=gpus, RANK=0, LOCAL_RANK=0, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+    with pytest.raises(UserError) as error:
+        init_world(device)
+    for part in parts:
+        assert part in str(error.value)
+    assert groups == []

@@ -1,0 +1,263 @@
+"""Parameter groups, optimizers, and learning rates by step."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from config import get_default_config
+from lr_scheduler import build_scheduler, lr_scale
+from models import StripMLP
+from optimizer import build_optimizer, load_optimizer_state, param_groups
+
+STEPS = 5  # per epoch
+PEAK = 0.3
+
+
+def config_with(**values):
+    """The defaults with some of them replaced; `A__B` stands for A.B."""
+    config = get_default_config()
+    for key, value in values.items():
+        config.merge_from_list([key.replace("__", "."), value])
+    return config
+
+
+def group_names(model, groups) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+# Parameter groups
+
+
+def test_groups_of_strip_mlp():
+    model = StripMLP(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), patch_channels=2)
+    groups = param_groups(model, 0.05)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0]
+    decay, no_decay = group_names(model, groups)
+    assert decay.isdisjoint(no_decay)
+    assert decay | no_decay == {name for name, _ in model.named_parameters()}
+
+    block = "stages.0.0"
+    for name in (
+        "patch_embed.weight",
+        f"{block}.token_mixing.cgsmm.strip_h.weight",
+        f"{block}.token_mixing.cgsmm.pos_h.table",
+        f"{block}.token_mixing.cgsmm.pos_w.table",
+        f"{block}.channel_mixing.mlp.fc1.weight",
+        f"{block}.channel_mixing.mlp.grn.weight",  # vectors here, (1, 1, 1, C) in the released code
+        f"{block}.channel_mixing.mlp.grn.bias",
+        "head.fc.weight",
+    ):
+        assert name in decay, name
+    for name in (
+        f"{block}.token_mixing.cgsmm.strip_h.bias",  # a matrix here, a vector in the released code
+        f"{block}.token_mixing.cgsmm.strip_w.bias",
+        f"{block}.token_mixing.norm.weight",
+        f"{block}.channel_mixing.norm.weight",
+        f"{block}.channel_mixing.mlp.fc1.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.fc.bias",
+    ):
+        assert name in no_decay, name
+
+
+def test_groups_of_a_timm_model():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_classes=3)
+    decay, no_decay = group_names(model, param_groups(model, 0.05))
+    assert {"pos_embed", "cls_token"} <= no_decay  # what its no_weight_decay() names
+    assert no_decay - {"pos_embed", "cls_token"} == {name for name, p in model.named_parameters() if p.ndim == 1}
+    assert decay == {name for name, p in model.named_parameters() if p.ndim > 1} - {"pos_embed", "cls_token"}
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert group_names(model, param_groups(model, 0.1)) == [{"1.weight"}, {"1.bias"}]
+
+
+# Optimizers
+
+
+def first_step(optimizer, model) -> tuple[float, float]:
+    """Weight and bias, 1 before, after a step with gradients 0.5 and -0.25."""
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    model.weight.grad = torch.full_like(model.weight, 0.5)
+    model.bias.grad = torch.full_like(model.bias, -0.25)
+    optimizer.step()
+    return model.weight.item(), model.bias.item()
+
+
+def test_adamw():
+    config = config_with(TRAIN__OPTIMIZER__BETAS=[0.8, 0.95], TRAIN__OPTIMIZER__EPS=0.1, TRAIN__WEIGHT_DECAY=0.2)
+    model = nn.Linear(1, 1)
+    optimizer = build_optimizer(config, model, lr=0.01)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decay, no_decay = optimizer.param_groups
+    assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.01, (0.8, 0.95), 0.1, 0.2)
+    assert (no_decay["lr"], no_decay["betas"], no_decay["eps"], no_decay["weight_decay"]) == (
+        0.01,
+        (0.8, 0.95),
+        0.1,
+        0.0,
+    )
+    # AdamW's first step is lr * gradient / (|gradient| + eps).
+    weight, bias = first_step(optimizer, model)
+    assert weight == pytest.approx(1 - 0.01 * 0.2 - 0.01 * 0.5 / 0.6)
+    assert bias == pytest.approx(1 + 0.01 * 0.25 / 0.35)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd(momentum):
+    config = config_with(TRAIN__OPTIMIZER__NAME="sgd", TRAIN__OPTIMIZER__MOMENTUM=momentum, TRAIN__WEIGHT_DECAY=0.2)
+    model = nn.Linear(1, 1)
+    optimizer = build_optimizer(config, model, lr=0.01)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["momentum"] for group in optimizer.param_groups] == [momentum] * 2
+    # Nesterov's first step is (1 + momentum) * gradient.
+    weight, bias = first_step(optimizer, model)
+    assert weight == pytest.approx(1 - 0.01 * (1 + momentum) * (0.5 + 0.2))
+    assert bias == pytest.approx(1 + 0.01 * (1 + momentum) * 0.25)
+
+
+# Resuming
+
+
+def take_steps(optimizer, model, steps) -> None:
+    for step in steps:
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, math.sin(1 + 3 * step + i))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_restored_optimizer_goes_on_exactly(name):
+    config = config_with(TRAIN__OPTIMIZER__NAME=name)
+    model = nn.Linear(3, 3)
+    optimizer = build_optimizer(config, model, 0.01)
+    take_steps(optimizer, model, range(3))
+    state, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
+    take_steps(optimizer, model, range(3, 6))
+
+    restored = build_optimizer(config, other, 0.01)
+    load_optimizer_state(restored, state)
+    take_steps(restored, other, range(3, 6))
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)
+
+
+def test_restored_optimizer_has_the_hyper_parameters_of_the_config():
+    model = nn.Linear(3, 3)
+    optimizer = build_optimizer(config_with(), model, 0.01)
+    take_steps(optimizer, model, range(3))
+    config = config_with(TRAIN__OPTIMIZER__BETAS=[0.8, 0.95], TRAIN__OPTIMIZER__EPS=0.1, TRAIN__WEIGHT_DECAY=0.2)
+    restored = build_optimizer(config, model, 0.02)
+    load_optimizer_state(restored, optimizer.state_dict())
+    assert [group["weight_decay"] for group in restored.param_groups] == [0.2, 0.0]
+    for group in restored.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 0.1)
+    assert torch.equal(restored.state[model.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    assert restored.state[model.weight]["step"] == 3
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize(
+    ("batch", "processes", "accumulation", "reference", "expected"),
+    [(128, 8, 1, 512, 2.0), (128, 8, 1, 300, 1024 / 300), (32, 2, 3, 512, 0.375), (64, 1, 1, 64, 1.0)],
+)
+def test_lr_scale(batch, processes, accumulation, reference, expected):
+    config = config_with(
+        DATA__BATCH_SIZE=batch, TRAIN__ACCUMULATION_STEPS=accumulation, TRAIN__LR_REFERENCE_BATCH=reference
+    )
+    assert lr_scale(config, processes) == pytest.approx(expected)
+
+
+def schedule_config(name: str, warmup: int = 2):
+    return config_with(
+        TRAIN__LR_SCHEDULER__NAME=name,
+        TRAIN__LR_SCHEDULER__DECAY_EPOCHS=3,
+        TRAIN__LR_SCHEDULER__DECAY_RATE=0.1,
+        TRAIN__EPOCHS=12,
+        TRAIN__WARMUP_EPOCHS=warmup,
+        TRAIN__WARMUP_LR=0.001,
+        TRAIN__MIN_LR=0.01,
+    )
+
+
+def rates(config, steps, scale: float = 1.0) -> list[float]:
+    """The learning rates at `steps`, in that order, from one scheduler."""
+    optimizer = build_optimizer(config, nn.Linear(1, 1), PEAK)
+    scheduler = build_scheduler(config, optimizer, STEPS, scale)
+    found = []
+    for step in steps:
+        scheduler.step_update(step)
+        decay, no_decay = optimizer.param_groups
+        assert decay["lr"] == no_decay["lr"]
+        found.append(decay["lr"])
+    return found
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_warmup(name):
+    found = rates(schedule_config(name), range(11))
+    expected = [0.001 + (PEAK - 0.001) * step / 10 for step in range(11)]
+    assert found == pytest.approx(expected)
+    assert found[10] == PEAK
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_no_warmup(name):
+    assert rates(schedule_config(name, warmup=0), [0]) == [PEAK]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_decay(name):
+    steps = range(10, 60)
+    found = rates(schedule_config(name), steps)
+    assert found == sorted(found, reverse=True)
+    done = [(step - 10) / 50 for step in steps]
+    expected = {
+        "cosine": [0.01 + (PEAK - 0.01) * (1 + math.cos(math.pi * t)) / 2 for t in done],
+        "linear": [0.01 + (PEAK - 0.01) * (1 - t) for t in done],
+        "step": [PEAK * 0.1 ** ((step - 10) // 15) for step in steps],
+    }
+    assert found == pytest.approx(expected[name])
+    if name != "step":
+        assert found[-1] == pytest.approx(0.01, abs=0.02 * PEAK)
+        assert rates(schedule_config(name), [60, 61, 1000]) == pytest.approx([0.01] * 3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_scale_of_the_low_rates(name):
+    """The peak is the optimizer's rate, which the caller has scaled already."""
+    assert rates(schedule_config(name), [0, 10, 60], scale=2.0) == pytest.approx([0.002, PEAK, 0.02])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_rate_depends_on_the_step_alone(name):
+    config = schedule_config(name)
+    in_order = rates(config, range(60))
+    for step in (0, 3, 9, 10, 31, 59):
+        assert rates(config, [step]) == [in_order[step]]
+    assert rates(config, [40, 2, 59, 10]) == [in_order[step] for step in (40, 2, 59, 10)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_rate_after_loading_an_optimizer_state(name):
+    """As main.py resumes: optimizer and scheduler are built, then the optimizer's state, whose rate is a later one,
+    is loaded into it."""
+    config = schedule_config(name)
+    before = build_optimizer(config, nn.Linear(1, 1), PEAK)
+    build_scheduler(config, before, STEPS, 1.0).step_update(34)
+    optimizer = build_optimizer(config, nn.Linear(1, 1), PEAK)
+    scheduler = build_scheduler(config, optimizer, STEPS, 1.0)
+    load_optimizer_state(optimizer, before.state_dict())
+    scheduler.step_update(35)
+    assert [group["lr"] for group in optimizer.param_groups] == rates(config, [35]) * 2
