@@ -1,10 +1,12 @@
 """What the end-to-end tests share: small image folders, and running the project's scripts as a user would."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,6 +52,14 @@ def write_image_folder(root: Path, train: int, val: int, classes: int = 2) -> Pa
 def image_folder(tmp_path_factory) -> Path:
     """16 training and 7 validation images of 2 classes; 7 divides by neither 2 nor 3 processes."""
     return write_image_folder(tmp_path_factory.mktemp("imagenet"), train=16, val=7)
+
+
+def load_tool(path: Path) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def free_port() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,19 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_tool
 from PIL import Image
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "plot_metrics.py"
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("plot_metrics", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool(TOOL)
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -81,8 +74,8 @@ def test_draws_runs_of_any_length(tmp_path, epochs):
 def test_picture_follows_the_metrics_and_output_is_honoured(tmp_path):
     drawn = []
     for name, top1 in (("a", 50.0), ("b", 60.0), ("c", 50.0)):
-        (tmp_path / name).mkdir()
-        run = write_run(tmp_path / name / "run", [epoch_record(1, top1=40.0), epoch_record(2, top1=top1)])
+        (tmp_path / name / "model").mkdir(parents=True)
+        run = write_run(tmp_path / name / "model" / "run", [epoch_record(1, top1=40.0), epoch_record(2, top1=top1)])
         result = run_tool(run, "--output", tmp_path / f"{name}.png")
         assert result.returncode == 0, result.stderr
         assert not (run / "curves.png").exists()

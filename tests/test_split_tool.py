@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_tool
 from PIL import Image
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "categories101_train_val_split.py"
@@ -22,14 +22,7 @@ CHECKSUM = "94c8e9f83b114ea9543058208aaf5fe68e85c63a778f27f133d4f1d0ee1bbb6f"
 CLASS_SIZES = {"ant": 10, "Faces": 7, "water lilly": 2}
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("categories101_train_val_split", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool(TOOL)
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
