@@ -5,6 +5,7 @@ Precedence, lowest first: the defaults below, the files in a YAML's `BASE`, the 
 
 import argparse
 import ast
+import contextlib
 import difflib
 import itertools
 import re
@@ -227,9 +228,10 @@ def get_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     notes = []
     if args.amp_opt_level:
         level = {"O0": "off"}.get(args.amp_opt_level, "on")
-        notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is read as --amp {level}")
         if args.amp is None:
             flags["AMP"] = ("--amp-opt-level", level)
+        read_as = f"read as --amp {level}" if args.amp is None else f"ignored for --amp {args.amp}"
+        notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is {read_as}")
     overrides = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
     config, file_notes = load_config(args.cfg, args.opts, overrides)
     return config, file_notes + notes
@@ -267,7 +269,10 @@ class _Merge:
 
     def file(self, path: Path, including: tuple[Path, ...]) -> None:
         """Merges a YAML file after the files in its `BASE`, which are relative to it."""
-        resolved = path.resolve()
+        try:
+            resolved = path.resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
         if resolved in including:
             chain = " -> ".join(str(p) for p in (*including, resolved))
             raise ConfigError(f"{path}: BASE goes in a circle: {chain}")
@@ -382,7 +387,8 @@ def coerce(value: Any, default: Any, where: str) -> Any:
     if kind is int and isinstance(literal, int) and not isinstance(literal, bool):
         return literal
     if kind is float and isinstance(literal, int | float) and not isinstance(literal, bool):
-        return float(literal)
+        with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+            return float(literal)
     if kind is list and isinstance(literal, list | tuple):
         return [coerce(item, default[0], f"{where}[{i}]") for i, item in enumerate(literal)]
     accepted = {bool: "True or False", int: "a whole number", float: "a number", list: "a list"}[kind]

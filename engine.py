@@ -112,8 +112,11 @@ def train_one_epoch(
         if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps:
             value = loss.item()  # waits for the device
             lr = optimizer.param_groups[0]["lr"]
-            if not math.isfinite(value):
-                raise not_finite(value, config, epoch, step, lr)
+            norm = grad_norm.item()
+            # Loss scaling meets infinite gradients as a matter of course and skips the step; otherwise the weights
+            # are ruined already.
+            if not math.isfinite(value) or not (scaler.is_enabled() or math.isfinite(norm)):
+                raise not_finite(value, norm, config, epoch, step, lr)
             now = time.perf_counter()
             per_step = (now - printed) / (step + 1 - printed_step)
             eta = ((config.TRAIN.EPOCHS - epoch) * steps - step - 1) * per_step
@@ -121,7 +124,7 @@ def train_one_epoch(
             printed, printed_step = now, step + 1
             logger.info(
                 f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} step {step + 1}/{steps} eta {clock(eta)} lr {lr:.3e} "
-                f"loss {value:.4f} ({(totals[0] / totals[1]).item():.4f}) grad_norm {grad_norm.item():.3f} "
+                f"loss {value:.4f} ({(totals[0] / totals[1]).item():.4f}) grad_norm {norm:.3f} "
                 f"{speed:.0f} images/s memory {peak_memory_mb(world.device):.0f} MB"
             )
 
@@ -130,7 +133,7 @@ def train_one_epoch(
     seconds = time.perf_counter() - started
     lr = optimizer.param_groups[0]["lr"]
     if not math.isfinite(train_loss):
-        raise not_finite(train_loss, config, epoch, steps - 1, lr)
+        raise not_finite(train_loss, grad_norm.item(), config, epoch, steps - 1, lr)
     return {
         "train_loss": train_loss,
         "lr": lr,
@@ -233,11 +236,12 @@ def progress_bar(loader: DataLoader, title: str, world: World):
     return tqdm(loader, desc=title, leave=False, disable=hidden, file=sys.stdout, dynamic_ncols=True)
 
 
-def not_finite(loss: float, config, epoch: int, step: int, lr: float) -> UserError:
-    """The error for a loss that is no number: weights that would be saved next may be ruined."""
+def not_finite(loss: float, grad_norm: float, config, epoch: int, step: int, lr: float) -> UserError:
+    """The error for a loss or gradient that is no number: weights that would be saved next may be ruined."""
     return UserError(
-        f"the loss is {loss} in epoch {epoch + 1}, step {step + 1} (lr {lr:.3e}, AMP {config.AMP}); training stopped, "
-        "the checkpoints of the epochs before are untouched; a lower TRAIN.BASE_LR, TRAIN.CLIP_GRAD or --amp off helps"
+        f"the loss is {loss} in epoch {epoch + 1}, step {step + 1} (gradient norm {grad_norm}, lr {lr:.3e}, "
+        f"AMP {config.AMP}); training stopped, the checkpoints of the epochs before are untouched; a lower "
+        "TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or --amp off, may help"
     )
 
 

@@ -61,6 +61,14 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
     return logger
 
 
+def json_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with None for what JSON has no number for: the loss where no image could be read."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in metrics.items()
+    }
+
+
 class MetricsLog:
     """One JSON object per epoch in `<folder>/metrics.jsonl`, and the same as TensorBoard scalars.
 
@@ -92,11 +100,8 @@ class MetricsLog:
             return float("inf")  # cut off in the middle
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Adds one epoch; a number that JSON does not have (a loss over no readable image) is written as null."""
-        metrics = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
+        """Adds one epoch."""
+        metrics = json_numbers(metrics)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         for name, value in metrics.items():

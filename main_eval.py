@@ -18,7 +18,7 @@ from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
 from distributed import World, close_world, init_world
 from engine import evaluate, resolve_amp, throughput
-from logger import create_logger
+from logger import create_logger, json_numbers
 from models import build_model
 from utils import UserError, run_entry_point
 
@@ -77,7 +77,7 @@ def run(
         logger.info(describe(result))
 
     if json_file and world.is_main:
-        result = {"model": config.MODEL.NAME, "amp": amp, "processes": world.size, **result}
+        result = json_numbers({"model": config.MODEL.NAME, "amp": amp, "processes": world.size, **result})
         try:
             json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         except OSError as error:

@@ -14,6 +14,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError
 
+# What zipfile raises on archives that are damaged, of a kind it does not know (NotImplementedError) or encrypted
+# (RuntimeError).
+UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
 
 class DataError(UserError):
     """A data set that is missing, incomplete or not what the config says."""
@@ -132,18 +136,18 @@ class ZipSource(FileSource):
         try:
             with zipfile.ZipFile(archive) as file:
                 missing = sorted(set(self._members) - set(file.namelist()))
-        except zipfile.BadZipFile as error:
+        except UNREADABLE_ZIP as error:
             raise DataError(f"{archive}: not a zip file, or damaged: {error}") from error
         if missing:
             raise DataError(f"{archive}: lacks {_shorten(missing)}, which {listing.name} lists")
         self.classes = [str(label) for label in range(max(self.targets) + 1)]
 
     def read(self, index: int) -> bytes:
-        if self._zip is None:
-            self._zip = zipfile.ZipFile(self._archive)
         try:
+            if self._zip is None:
+                self._zip = zipfile.ZipFile(self._archive)
             return self._zip.read(self._members[index])
-        except (zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE_ZIP as error:
             raise OSError(str(error)) from error
 
     def name(self, index: int) -> str:

@@ -21,7 +21,12 @@ def build_model(config) -> nn.Module:
     """
     model = {"strip_mlp_layer": build_strip_mlp, "timm": build_timm_model}[config.MODEL.TYPE](config)
     if config.TRAIN.USE_CHECKPOINT:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:  # timm's way of saying that a model cannot do it
+            raise ValueError(
+                f"TRAIN.USE_CHECKPOINT is True, which {config.MODEL.NAME} does not support; accepted: False"
+            ) from error
     return model
 
 

@@ -109,6 +109,7 @@ def test_left_overs_of_a_killed_run_are_no_hindrance(tmp_path):
     save_checkpoint({"epoch": 1}, tmp_path / "best.pth", tmp_path / "last.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "last.pth"]
     assert read_checkpoint(tmp_path / "best.pth") == {"epoch": 1}
+    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "last.pth")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs to see which file a descriptor is of")

@@ -190,7 +190,7 @@ def test_released_format(write):
     assert any("MODEL.ALPHA is read as MODEL.STRIP_MLP.ALPHA" in note for note in notes)
 
 
-@pytest.mark.parametrize(("embed_dim", "patch_channels"), [(80, 2), (96, 4), (112, 4), (160, 2)])
+@pytest.mark.parametrize(("embed_dim", "patch_channels"), [(80, 2), (96, 4), (112, 4), (120, 4), (160, 2)])
 def test_patch_channels_of_the_released_rule(write, embed_dim, patch_channels):
     path = write(released=RELEASED_YAML.replace("96", str(embed_dim)).replace("224", "32"))
     with torch.device("meta"):
@@ -365,7 +365,7 @@ def test_empty_section(write):
         ("TRAIN.EPOCHS", "{{}}"),
         ("TRAIN.EPOCHS", "(" * 10000),
         ("TRAIN.BASE_LR", "fast"),
-        ("TRAIN.BASE_LR", False),
+        ("TRAIN.BASE_LR", True),
         ("TRAIN.BASE_LR", "__import__('os').getcwd()"),
         ("TRAIN.AUTO_RESUME", 1),
         ("TRAIN.AUTO_RESUME", "yes please"),
@@ -493,6 +493,15 @@ def test_accepted(write, key, values):
 )
 def test_words_that_yaml_takes_for_booleans(write, text, key, value):
     assert leaves(load_config(write(run=text))[0])[key] == value
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("no", False), ("off", False), ("false", False), ("yes", True), ("True", True)]
+)
+def test_words_for_booleans(write, word, value):
+    for text, opts in ((f"TRAIN: {{SYNC_BN: {word}, AUTO_RESUME: {word}}}", []), ("", ["TRAIN.SYNC_BN", word])):
+        assert load_config(write(run=text), opts)[0].TRAIN.SYNC_BN is value
+    assert load_config(write(run=f"TRAIN: {{AUTO_RESUME: {word}}}"))[0].TRAIN.AUTO_RESUME is value
 
 
 @pytest.mark.parametrize(
@@ -759,10 +768,14 @@ def test_model_takes_every_key(write):
     assert model.grad_checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:vgg11 has no stochastic depth")
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "vgg11"])
-def test_any_timm_model(write, name):
-    path = write(run=f"DATA: {{IMG_SIZE: 64}}\nMODEL: {{TYPE: timm, NAME: {name}, NUM_CLASSES: 5}}")
-    with torch.device("meta"):
+def test_any_timm_model(write, name, drop_path_rate):
+    keys = f"TYPE: timm, NAME: {name}, NUM_CLASSES: 5, DROP_PATH_RATE: {drop_path_rate}"
+    path = write(run=f"DATA: {{IMG_SIZE: 64}}\nMODEL: {{{keys}}}")
+    # VGG for its size; older timm cannot build the others there.
+    with torch.device("meta" if name == "vgg11" else "cpu"):
         model = build_model(load_config(path)[0])
         assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
@@ -772,6 +785,18 @@ def test_drop_path_rate_of_a_timm_model(write):
     with torch.device("meta"):
         model = build_model(load_config(path)[0])
     assert model.layer4[-1].drop_path.drop_prob == pytest.approx(0.3)
+
+
+def test_timm_model_without_stochastic_depth_says_so(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: vgg11, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
+    with torch.device("meta"), pytest.warns(UserWarning, match=r"vgg11.*MODEL\.DROP_PATH_RATE"):
+        build_model(load_config(path)[0])
+
+
+def test_timm_model_without_activation_checkpointing_says_so(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: vgg11, DROP_PATH_RATE: 0.0}\nTRAIN: {USE_CHECKPOINT: True}")
+    with torch.device("meta"), pytest.raises(ValueError, match="vgg11"):
+        build_model(load_config(path)[0])
 
 
 def test_unknown_timm_model(write):

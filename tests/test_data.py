@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import random
+import re
 import tarfile
 import urllib.request
 import zipfile
@@ -402,6 +403,23 @@ def test_damaged_zip_member_is_an_unreadable_image(tmp_path, compression, cache_
     assert batch.readable.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("cache_mode", ["no", "full"])
+@pytest.mark.parametrize("damage", ["compression", "encryption", "overwritten"])
+def test_zip_whose_members_cannot_be_read(tmp_path, damage, cache_mode):
+    """Deflate64 (what Windows makes of large archives), a password, or a file that changed since it was listed."""
+    source = write_zip(tmp_path, "train", [(f"{i}.png", 0, png(i)) for i in range(4)])
+    content = bytearray((tmp_path / "train.zip").read_bytes())
+    field, value = {"compression": (8, 9), "encryption": (6, 1), "overwritten": (0, 0)}[damage]
+    for signature, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        for start in [match.start() for match in re.finditer(re.escape(signature), content)]:
+            content[start + shift + field] = value
+    (tmp_path / "train.zip").write_bytes(content)
+
+    config = config_with(DATA__IMG_SIZE=32, DATA__BATCH_SIZE=2, DATA__CACHE_MODE=cache_mode)
+    with pytest.raises(DataError, match=r"train\.zip"):
+        next(iter(build_train_loader(config, source, world())))
+
+
 # The cache
 
 
@@ -566,6 +584,19 @@ def test_sample_does_not_depend_on_loader_processes_or_batches(size):
                 assert rest == [*found[0][epoch][index][1:]]
 
 
+def test_loader_passes_the_seed_on():
+    """To the order and to the augmentation."""
+    source = array_source(12)
+    orders, images = set(), []
+    for seed in (1, 2):
+        config = config_with(DATA__IMG_SIZE=32, DATA__BATCH_SIZE=12, SEED=seed)
+        (batch,) = build_train_loader(config, source, world())
+        orders.add(tuple(batch.index.tolist()))
+        images.append(batch.image[batch.index.argsort()])
+    assert len(orders) == 2
+    assert not torch.equal(*images)
+
+
 @pytest.mark.parametrize("is_train", [True, False])
 def test_sample_leaves_the_generators_alone(is_train):
     data = dataset(array_source(4), is_train)
@@ -721,6 +752,8 @@ MODES = {
     "grey and alpha png": (encode(Image.new("LA", (8, 8), (90, 40))), (90, 90, 90)),
     "black and white png": (encode(Image.new("1", (8, 8), 1)), (255, 255, 255)),
     "grey 16 bit png": (encode(Image.fromarray(np.full((8, 8), 0x5A5A, np.uint16))), (90, 90, 90)),
+    "grey 16 bit pgm": (b"P5\n8 8\n65535\n" + 64 * b"\x5a\x5a", (90, 90, 90)),
+    "grey 16 bit big-endian tiff": (encode(Image.fromarray(np.full((8, 8), 0x5A00, ">u2")), "TIFF"), (90, 90, 90)),
     "grey 16 bit tiff": (encode(Image.fromarray(np.full((8, 8), 0x5A5A, np.uint16)), "TIFF"), (90, 90, 90)),
 }
 
@@ -831,7 +864,7 @@ def test_random_erasing(mode):
     assert ((0.0, 0.0, 0.0) in colors) == (mode == "const")
 
 
-@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-inc1x"])
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9x"])
 def test_augmentation_policy_that_timm_does_not_know(policy):
     with pytest.raises(UserError, match=r"AUG\.AUTO_AUGMENT"):
         build_transform(config_with(AUG__AUTO_AUGMENT=policy), is_train=True)

@@ -308,16 +308,32 @@ def test_loss_that_is_not_finite(bad):
 
 
 def test_loss_that_was_not_finite_between_the_log_lines():
-    """Overflows once, without a trace in the weights."""
+    """Once, without a trace in the weights."""
     images, targets = noise(24)
     images[9] = float("inf")
 
     class Model(nn.Linear):
         def forward(self, x):
-            return super().forward(x.nan_to_num(posinf=0.0)) + (float("inf") if x.isinf().any() else 0)
+            if x.isinf().any():
+                return torch.full((4, 3), float("nan"), requires_grad=True)
+            return super().forward(x)
 
+    log = Log()
     with pytest.raises(UserError, match=r"loss is nan in epoch 1"):
-        train(config_with(PRINT_FREQ=5), Model(6, 3), batches(images, targets), rate=lambda step: 0.0)
+        train(config_with(PRINT_FREQ=5), Model(6, 3), batches(images, targets), log=log)
+    assert len(log.of("INFO")) == 2  # after steps 5 and 6, whose own losses are finite
+
+
+def test_gradient_that_is_not_finite_in_the_last_step():
+    """The loss is finite, and no later one shows what became of the weights."""
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + (self.weight.sum() * 0).abs().sqrt()  # 0, with a gradient of 0 * inf
+
+    images, targets = noise(4)
+    with pytest.raises(UserError, match=r"gradient norm nan"):
+        train(config_with(PRINT_FREQ=1), Model(6, 3), batches(images, targets))
 
 
 # Randomness and bookkeeping
@@ -478,6 +494,16 @@ def test_logits_that_are_no_numbers_are_never_correct(bad):
     assert found["images"] == 6
 
 
+def test_loss_of_half_precision_logits_is_computed_in_float32():
+    images, targets = noise(11)
+    model = linear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    found = evaluate(config_with(AMP="bfloat16"), model, batches(images, targets), ALONE, Log())
+    assert found["val_loss"] == pytest.approx(F.cross_entropy(logits.float(), targets).item(), rel=1e-6)
+
+
 def test_all_images_unreadable():
     found = evaluate(config_with(), nn.Identity(), batches(torch.eye(6), range(6), readable=[False] * 6), ALONE, Log())
     assert (found["top1"], found["top5"], found["unreadable_val"]) == (0, 0, 6)
@@ -529,10 +555,10 @@ def test_evaluation_leaves_the_model_in_evaluation_mode_and_unchanged():
     ("seconds", "passes", "expected"),
     [
         # A first pass to warm up, 30 that count.
-        ([9.0] + [0.1] * 14 + [0.2] * 16, 31, 8 / 0.2),
+        ([0.01] + [0.1] * 15 + [0.2] * 15, 31, 8 / 0.2),
         ([9.0] + [0.1] * 16 + [0.2] * 14, 31, 8 / 0.1),
         # No more are begun after 20 seconds, but for the first three.
-        ([9.0] + [5.0] * 30, 4, 8 / 5.0),
+        ([9.0] + [15.0] * 30, 4, 8 / 15.0),
         ([0.0] + [4.0] * 30, 7, 8 / 4.0),
     ],
 )
@@ -574,7 +600,9 @@ def test_throughput_is_of_the_median_pass(monkeypatch, seconds, passes, expected
     ],
 )
 def test_resolve_amp(monkeypatch, amp, device, has_bfloat16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bfloat16
+    )
     assert resolve_amp(config_with(AMP=amp), torch.device(device)) == expected
 
 

@@ -140,21 +140,25 @@ def test_metrics_are_lines_of_json(tmp_path, quiet):
 
 
 def test_metrics_that_are_no_numbers_are_json_still(tmp_path, quiet):
-    """JSON proper has no NaN, which val_loss is where no image could be read."""
+    """As null: JSON proper has no NaN, which val_loss is where no image could be read."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
     log = MetricsLog(tmp_path, 0, quiet)
-    log.write({"epoch": 1, "top1": 0.0, "val_loss": float("nan")})
+    log.write({"epoch": 1, "top1": 0.0, "val_loss": float("nan"), "lr": float("inf")})
     log.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)["epoch"] == 1
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"epoch": 1, "top1": 0.0, "val_loss": None, "lr": None}
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["top1"]
 
 
 def test_each_line_is_written_at_once(tmp_path, quiet):
     log = MetricsLog(tmp_path, 0, quiet)
-    log.write({"epoch": 1, "top1": 3.0})
-    assert epochs(tmp_path) == [1]
+    for epoch in (1, 2, 3):
+        log.write({"epoch": epoch, "top1": 3.0})
+        assert epochs(tmp_path)[-1] == epoch
+        assert EventAccumulator(str(tmp_path)).Reload().Scalars("top1")[-1].step == epoch
     log.close()
 
 
