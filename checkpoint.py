@@ -40,6 +40,8 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     folder = paths[0].parent
     temporary, link = folder / ".checkpoint.tmp", folder / ".checkpoint.link"
     try:
+        # What a killed run left may be a second name of its best.pth: a new file, not a truncated one.
+        temporary.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()

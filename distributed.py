@@ -4,11 +4,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from utils import UserError
+
+# How long processes wait for each other: longer than a download or filling a cache takes.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def init_world(device: str, local_rank: int | None = None) -> World:
 
     if size > 1:
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=where if where.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
     return World(rank, local_rank, size, where)
 
 
@@ -71,12 +76,22 @@ def close_world(world: World) -> None:
 
 @contextmanager
 def main_process_first(world: World) -> Iterator[None]:
-    """The main process runs the body while the others wait, then they run it: for downloads into a shared folder."""
-    if world.distributed and not world.is_main:
+    """The main process runs the body while the others wait, then the first process of every other machine, then all:
+    for downloads into a folder that the machines may or may not share."""
+    turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
+    for _ in range(turn if world.distributed else 0):
         dist.barrier()
     yield
-    if world.distributed and world.is_main:
+    for _ in range(2 - turn if world.distributed else 0):
         dist.barrier()
+
+
+def from_main(value: Any, world: World) -> Any:
+    """The main process's value, on all of them."""
+    values = [value]
+    if world.distributed:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def all_reduce_sum(values: torch.Tensor, world: World) -> torch.Tensor:

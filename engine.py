@@ -81,7 +81,7 @@ def train_one_epoch(
         torch.cuda.reset_peak_memory_stats()
 
     started = printed = time.perf_counter()
-    printed_step = 0
+    printed_step = printed_batch = 0
     for i, batch in enumerate(progress_bar(loader, f"epoch {epoch + 1}", world)):
         seed_all(config.SEED, epoch, i, world.rank)
         unreadable.note(batch)
@@ -120,8 +120,8 @@ def train_one_epoch(
             now = time.perf_counter()
             per_step = (now - printed) / (step + 1 - printed_step)
             eta = ((config.TRAIN.EPOCHS - epoch) * steps - step - 1) * per_step
-            speed = config.DATA.BATCH_SIZE * passes * world.size / per_step
-            printed, printed_step = now, step + 1
+            speed = config.DATA.BATCH_SIZE * (i + 1 - printed_batch) * world.size / (now - printed)
+            printed, printed_step, printed_batch = now, step + 1, i + 1
             logger.info(
                 f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} step {step + 1}/{steps} eta {clock(eta)} lr {lr:.3e} "
                 f"loss {value:.4f} ({(totals[0] / totals[1]).item():.4f}) grad_norm {norm:.3f} "

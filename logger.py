@@ -33,6 +33,11 @@ class _ColorFormatter(logging.Formatter):
         return f"{time} {message}"
 
 
+# For the `extra` of a record.
+FILE_ONLY = {"file_only": True}  # not on any console
+ALL_RANKS = {"all_ranks": True}  # a warning that every rank gives: on the console of rank 0 alone
+
+
 def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> logging.Logger:
     """A logger with a console on rank 0 (on the others, for warnings only) and, given a folder, the file
     `log_rank<rank>.txt` in it, appended to.
@@ -48,10 +53,12 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
     if rank == 0:
         console = _Console()
         console.setFormatter(_ColorFormatter())
+        console.addFilter(lambda record: not hasattr(record, "file_only"))
         logger.addHandler(console)
     else:
         alarm = logging.StreamHandler()  # what only this rank has met must not stay in its file
         alarm.setLevel(logging.WARNING)
+        alarm.addFilter(lambda record: not hasattr(record, "file_only") and not hasattr(record, "all_ranks"))
         alarm.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
         logger.addHandler(alarm)
     if folder is not None:

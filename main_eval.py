@@ -18,7 +18,7 @@ from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
 from distributed import World, close_world, init_world
 from engine import evaluate, resolve_amp, throughput
-from logger import create_logger, json_numbers
+from logger import ALL_RANKS, create_logger, json_numbers
 from models import build_model
 from utils import UserError, run_entry_point
 
@@ -47,7 +47,7 @@ def run(
     """Evaluates the checkpoint that the config names, or measures the throughput of its model."""
     logger = create_logger("eval", world.rank)
     for note in notes:
-        logger.warning(note)
+        logger.warning(note, extra=ALL_RANKS)
 
     # Data and model
     source = build_sources(config, world, train=False).val

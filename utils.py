@@ -3,7 +3,9 @@
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,8 +33,20 @@ def run_entry_point(main: Callable[[], None]) -> None:
         sys.exit(error.exit_status)
 
 
-def seed_all(*position: int) -> None:
-    """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank).
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); choose another --output"
+        ) from error
+
+
+def seed_all(*position: int, cuda: bool = True) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank); without
+    those of CUDA devices, which take longer, if `cuda` is False.
 
     Positions that differ give independent streams, so that what is drawn at a position does not depend on what was
     drawn before it: a resumed run draws what an uninterrupted one does.
@@ -41,4 +55,4 @@ def seed_all(*position: int) -> None:
     words = np.random.SeedSequence((len(position), *position)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+    (torch.manual_seed if cuda else torch.default_generator.manual_seed)(int(words[2]) << 32 | int(words[3]))

@@ -76,7 +76,7 @@ class ClassificationDataset(Dataset):
                 f"{self.source.name(index)} and the {len(candidates) - 1} files after it cannot be read as images"
             )
         with _random_state_kept():
-            seed_all(self.seed, epoch, index)
+            seed_all(self.seed, epoch, index, cuda=False)
             image = self.transform(image)
         return Sample(image, self.source.targets[chosen], index, chosen == index)
 

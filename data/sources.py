@@ -1,6 +1,7 @@
 """Where labelled images come from: folders, zip files, arrays. A source lists samples and loads one as a PIL image."""
 
 import io
+import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -117,6 +118,7 @@ class ZipSource(FileSource):
         super().__init__()
         self._archive = archive
         self._zip: zipfile.ZipFile | None = None
+        self._opened_by = 0  # process id
         for path in (archive, listing):
             if not path.is_file():
                 raise DataError(f"{path}: no such file; --zip needs {archive.name} and {listing.name} in one folder")
@@ -144,8 +146,9 @@ class ZipSource(FileSource):
 
     def read(self, index: int) -> bytes:
         try:
-            if self._zip is None:
-                self._zip = zipfile.ZipFile(self._archive)
+            # Each loader process opens the archive itself: a shared file offset would mix up their reads.
+            if self._opened_by != os.getpid():
+                self._zip, self._opened_by = zipfile.ZipFile(self._archive), os.getpid()
             return self._zip.read(self._members[index])
         except UNREADABLE_ZIP as error:
             raise OSError(str(error)) from error
@@ -154,8 +157,7 @@ class ZipSource(FileSource):
         return f"{self._archive}:{self._members[index]}"
 
     def __getstate__(self) -> dict:
-        # Each loader process opens the archive itself: a shared file offset would mix up their reads.
-        return {**self.__dict__, "_zip": None}
+        return {**self.__dict__, "_zip": None, "_opened_by": 0}
 
 
 class ArraySource(Source):

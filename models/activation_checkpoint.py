@@ -33,7 +33,7 @@ def frozen_running_stats(module: nn.Module):
     # Without running statistics altogether, BatchNorm would keep fewer tensors for its backward pass than it did in
     # the forward pass, which checkpointing takes for an error.
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:

@@ -177,7 +177,8 @@ class LSMM(nn.Module):
         b = self.conv_w(v)
         pooled = (a + b + v).mean(dim=(2, 3), keepdim=True)  # (N, C', 1, 1)
         weights = self.reweight(pooled)  # (N, 3 C', 1, 1), channel 3 * c + branch
-        weights = weights.unflatten(1, (-1, 3)).softmax(dim=2)  # (N, C', 3, 1, 1)
+        # Autocast computes a softmax in float32, to which it would promote all three maps.
+        weights = weights.unflatten(1, (-1, 3)).softmax(dim=2).to(v.dtype)  # (N, C', 3, 1, 1)
         return weights[:, :, 0] * b + weights[:, :, 1] * a + weights[:, :, 2] * v
 
 
@@ -535,9 +536,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> StripMLP:
-    return build_model_with_cfg(
-        StripMLP, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, kwargs_filter=(), **kwargs
-    )
+    return build_model_with_cfg(StripMLP, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,8 @@ def write_image_folder(root: Path, train: int, val: int, classes: int = 2) -> Pa
     """An ImageNet layout with `train` and `val` JPEGs in all, dealt to the classes in turn."""
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
-            write_image(root / split / f"class{i % classes}" / f"{split}_{i:03d}.jpg", seed=hash((split, i)) % 2**32)
+            path = root / split / f"class{i % classes}" / f"{split}_{i:03d}.jpg"
+            write_image(path, seed=zlib.crc32(path.name.encode()))
     return root
 
 
@@ -68,12 +70,18 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
+def environment(**env: str) -> dict[str, str]:
+    """What a command under test sees: one thread, no GPU, no wish about colours."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+
+
 def python(*command, ok: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     """Runs `python <command>` from the top folder as a user would, on one thread, and checks how it ended."""
     result = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=300,

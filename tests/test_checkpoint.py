@@ -112,6 +112,15 @@ def test_left_overs_of_a_killed_run_are_no_hindrance(tmp_path):
     assert os.path.samefile(tmp_path / "best.pth", tmp_path / "last.pth")
 
 
+def test_left_over_that_is_a_second_name_of_the_best_checkpoint(tmp_path):
+    """What a kill between the two names leaves; the next save must not write through it."""
+    save_checkpoint({"epoch": 1}, tmp_path / "best.pth")
+    os.link(tmp_path / "best.pth", tmp_path / ".checkpoint.tmp")
+    save_checkpoint({"epoch": 2}, tmp_path / "last.pth")
+    assert read_checkpoint(tmp_path / "best.pth") == {"epoch": 1}
+    assert read_checkpoint(tmp_path / "last.pth") == {"epoch": 2}
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs to see which file a descriptor is of")
 @pytest.mark.parametrize("links", [True, False])
 def test_file_is_on_the_disk_before_it_gets_a_name(tmp_path, monkeypatch, links):

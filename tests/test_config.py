@@ -221,6 +221,12 @@ def test_base_in_a_circle(write, base):
     assert base in message
 
 
+def test_key_that_is_there_twice(write):
+    message = refused(write(run="TRAIN:\n  EPOCHS: 40\nSEED: 1\nTRAIN:\n  BASE_LR: 0.1\n"))
+    for part in ("run.yaml", "TRAIN", "twice"):
+        assert part in message
+
+
 def test_base_reached_twice_is_no_circle(write):
     path = write(top="SEED: 3", left="BASE: top.yaml", right="BASE: top.yaml", run="BASE: [left.yaml, right.yaml]")
     assert load_config(path)[0].SEED == 3

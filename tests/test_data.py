@@ -420,6 +420,14 @@ def test_zip_whose_members_cannot_be_read(tmp_path, damage, cache_mode):
         next(iter(build_train_loader(config, source, world())))
 
 
+def test_loader_processes_read_an_archive_that_was_opened_before_them(tmp_path):
+    """Each on its own, or their reads would move one file offset."""
+    source = write_zip(tmp_path, "val", [(f"{i}.png", i % 2, png(i)) for i in range(64)])
+    source.cache([0])
+    config = config_with(DATA__IMG_SIZE=32, DATA__BATCH_SIZE=2, DATA__NUM_WORKERS=4)
+    assert all(batch.readable.all() for batch in build_eval_loader(config, source, world()))
+
+
 # The cache
 
 

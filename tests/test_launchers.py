@@ -1,13 +1,12 @@
 """The launchers and what several processes must agree on (gloo, CPU)."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port, python, torchrun, write_image_folder
+from conftest import ROOT, TINY, environment, free_port, python, torchrun, write_image_folder
 
 CONFIG = ("--cfg", "configs/smlp_base_alpha3_patch4_224_imagenet1k.yaml")
 RUN = "smlp_base_alpha3_patch4_224_imagenet1k/default"
@@ -116,7 +115,7 @@ def test_shell_wrappers(tool, expected, image_folder, tmp_path):
     result = subprocess.run(
         ["bash", f"tools/{tool}", CONFIG[1], "2", *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PORT": free_port()},
+        env=environment(PYTHON=sys.executable, PORT=free_port()),
         capture_output=True,
         text=True,
         timeout=300,

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  (registers the variants with timm)
 from config import get_default_config
+from models.activation_checkpoint import frozen_running_stats
 from models.strip_mlp import StripMLP, StripMLPBlock, StripMLPLayer, checkpoint_filter_fn
 from optimizer import build_optimizer, param_groups
 
@@ -723,3 +724,16 @@ def test_bad_arguments(arguments, numbers):
 def test_images_of_another_size(toy):
     with pytest.raises(ValueError, match=r"32.*64"):
         toy.model()(torch.zeros(1, 3, 32, 32))
+
+
+def test_frozen_statistics_of_sync_batch_norm():
+    """SyncBatchNorm insists on a batch counter, which must not move either."""
+    norm = torch.nn.SyncBatchNorm(4).train()
+    with frozen_running_stats(norm):
+        norm(torch.randn(3, 4, 2, 2) + 5)
+    assert norm.num_batches_tracked == 0
+    assert norm.momentum == 0.1
+    torch.testing.assert_close(norm.running_mean, torch.zeros(4))
+    norm(torch.randn(3, 4, 2, 2) + 5)
+    assert norm.num_batches_tracked == 1
+    assert (norm.running_mean > 0.3).all()

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY, python, write_image_folder
+from conftest import ROOT, TINY, environment, python, write_image, write_image_folder
 from yacs.config import CfgNode
 
 from config import load_config
@@ -111,9 +112,33 @@ def test_auto_resume_ends_where_an_undisturbed_run_ends(digits_run, tmp_path):
         assert [a[key] for key in same] == [b[key] for key in same]
 
 
+def test_resume_restores_the_loss_scaler(tmp_path):
+    """In float16, with a scale that has changed since the start."""
+    opts = ("--amp", "float16", "--opts", *TINY, "TRAIN.EPOCHS", 2, "SAVE_FREQ", 1, "TRAIN.BASE_LR", 0.02)
+    python(*PICO, "--output", tmp_path / "a", *opts)
+    full, resumed = tmp_path / "a" / PICO_RUN, tmp_path / "b" / PICO_RUN
+    resumed.mkdir(parents=True)
+    content = torch.load(full / "ckpt_epoch_1.pth", weights_only=True)
+    content["scaler"]["scale"] = 128.0
+    torch.save(content, resumed / "last.pth")
+    python(*PICO, "--output", tmp_path / "b", *opts)
+    assert torch.load(full / "last.pth", weights_only=True)["scaler"]["scale"] > 128
+    assert torch.load(resumed / "last.pth", weights_only=True)["scaler"]["scale"] == 128
+
+
+def test_resume_with_another_optimizer_is_refused(digits_run, tmp_path):
+    named = ("--output", tmp_path, "--resume", digits_run / "last.pth")
+    result = python(*PICO, *named, "--opts", *TINY, "TRAIN.OPTIMIZER.NAME", "sgd", ok=False)
+    assert "has the state of adamw" in result.stderr
+    assert "has the state of adamw" in (tmp_path / PICO_RUN / "log_rank0.txt").read_text()
+    assert "Traceback" not in result.stderr
+
+
 def test_a_finished_run_is_left_alone(digits_run):
     before = {path: path.read_bytes() for path in digits_run.glob("*.pth")}
-    result = python(*PICO, "--output", digits_run.parents[1], "--opts", *TINY, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 1)
+    named = ("--output", digits_run.parents[1], "--pretrained", "elsewhere.pth")
+    result = python(*PICO, *named, "--opts", *TINY, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 1)
+    assert "elsewhere.pth is not read" in result.stdout
     assert "nothing left to train: 3 of 3 epochs are done" in result.stdout
     assert {path: path.read_bytes() for path in digits_run.glob("*.pth")} == before
 
@@ -132,6 +157,9 @@ def test_resume_from_a_named_checkpoint_says_what_changed(digits_run, tmp_path):
     assert "1 epochs done" in result.stdout
     assert "TRAIN.EPOCHS was 3, is 2" in result.stdout
     assert [record["epoch"] for record in metrics(tmp_path / PICO_RUN)] == [2]
+    # Whatever the other run's best was, this one has a best checkpoint of its own.
+    best = torch.load(tmp_path / PICO_RUN / "best.pth", weights_only=True)["best"]
+    assert best == {"top1": metrics(tmp_path / PICO_RUN)[0]["top1"], "epoch": 2}
 
 
 def test_evaluation_of_the_best_checkpoint_by_default_and_as_json(digits_run, tmp_path):
@@ -156,8 +184,7 @@ def test_a_progress_bar_where_a_person_watches_and_plain_lines_elsewhere(digits_
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     command = [sys.executable, *PICO, "--output", str(tmp_path / "tty"), "--opts", *TINY]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal, env=env)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=terminal, stderr=terminal, env=environment(TERM="xterm"))
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other side of a terminal is closed
@@ -241,6 +268,9 @@ def test_zip_and_cache_modes(image_folder, tmp_path):
         record = metrics(tmp_path / "smlp_base_alpha3_patch4_224_imagenet1k" / tag)[0]
         losses[tag] = record["train_loss"], record["val_loss"]
     assert losses["folder"] == losses["zip"]
+    # On one process, the share is everything, in an order of its own.
+    assert losses["part"] != losses["zip"]
+    assert np.isfinite(losses["part"]).all()
 
 
 def test_a_timm_model_trains_under_the_same_recipe(image_folder, tmp_path):
@@ -325,3 +355,15 @@ def test_a_released_checkpoint_evaluates(tmp_path):
     error = python("main.py", *command, "--resume", tmp_path / "released.pth", "--output", tmp_path, *opts, ok=False)
     assert "--pretrained" in error.stderr
     assert "Traceback" not in error.stderr
+
+
+def test_caltech_from_the_archive_to_a_trained_model(tmp_path):
+    source = tmp_path / "101_ObjectCategories"
+    for name in ("accordion", "BACKGROUND_Google", "yin_yang"):
+        for i in range(10):
+            write_image(source / name / f"image_{i:04d}.jpg", seed=zlib.crc32(f"{name} {i}".encode()))
+    python("tools/categories101_train_val_split.py", "--source", source, "--output", tmp_path / "caltech")
+    config = "configs/smlp_tiny_light_alpha3_patch4_224_caltech101.yaml"
+    command = ("main.py", "--cfg", config, "--data-path", tmp_path / "caltech", "--batch-size", 4)
+    result = python(*command, "--output", tmp_path, "--opts", *TINY)
+    assert "16 training and 4 validation images, 2 classes" in result.stdout
