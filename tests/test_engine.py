@@ -21,7 +21,7 @@ from config import get_default_config
 from data import build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import ArraySource
-from distributed import World, close_world, init_world
+from distributed import TIMEOUT, World, close_world, init_world
 from engine import evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
 from optimizer import build_optimizer
 from utils import UserError, seed_all
@@ -651,7 +651,7 @@ def test_world_of_several_processes_on_the_cpu(launched):
     found = init_world("auto")
     assert found == World(5, 1, 8, CPU)
     assert not found.is_main
-    assert groups == [(("gloo",), {"device_id": None})]
+    assert groups == [(("gloo",), {"timeout": TIMEOUT, "device_id": None})]
 
 
 def test_world_of_several_processes_on_gpus(launched):
@@ -659,7 +659,7 @@ def test_world_of_several_processes_on_gpus(launched):
     found = init_world("auto")
     assert found == World(5, 1, 8, torch.device("cuda", 1))
     assert devices == [1]
-    assert groups == [(("nccl",), {"device_id": torch.device("cuda", 1)})]
+    assert groups == [(("nccl",), {"timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, 2), ({"LOCAL_RANK": 1}, 1)])
