@@ -6,7 +6,11 @@
 setup_venv() {
   local venv=${VENV:-$PWD/.venv} stamp
   python=$venv/bin/python
-  if [ ! -x "$python" ]; then
+  if ! "$python" -m pip --version >/dev/null 2>&1; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+      echo "error: $("${PYTHON:-python3}" --version); accepted: Python 3.10 or newer (PYTHON=... names another)" >&2
+      return 1
+    }
     echo "making a virtual environment in $venv"
     "${PYTHON:-python3}" -m venv "$venv"
   fi
