@@ -267,10 +267,7 @@ def test_zip_and_cache_modes(image_folder, tmp_path):
         python(*command, *flags, "--output", tmp_path, "--tag", tag, "--opts", *TINY)
         record = metrics(tmp_path / "smlp_base_alpha3_patch4_224_imagenet1k" / tag)[0]
         losses[tag] = record["train_loss"], record["val_loss"]
-    assert losses["folder"] == losses["zip"]
-    # On one process, the share is everything, in an order of its own.
-    assert losses["part"] != losses["zip"]
-    assert np.isfinite(losses["part"]).all()
+    assert losses["folder"] == losses["zip"] == losses["part"]  # on one process, its share is everything
 
 
 def test_a_timm_model_trains_under_the_same_recipe(image_folder, tmp_path):
