@@ -8,6 +8,8 @@ cd "$(dirname "$0")/.."
 source tools/setup_venv.sh
 setup_venv requirements.txt
 
+# The model is so small that a second thread gains little, and costs many times that where something else runs too.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 config=configs/strip_mlp_pico_digits.yaml
 output=${OUTPUT:-output}
 run=$output/strip_mlp_pico_digits/default
