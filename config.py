@@ -187,7 +187,9 @@ def get_default_config() -> CfgNode:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all entry points share; `get_config` reads them."""
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys to set, in pairs")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
+    )
     parser.add_argument("--batch-size", type=int, help="images per process (DATA.BATCH_SIZE)")
     parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
     parser.add_argument("--zip", action="store_true", help="read train.zip and val.zip (DATA.ZIP_MODE)")

@@ -49,7 +49,7 @@ def main() -> None:
     config, notes = get_config(args)
     world = init_world(config.DEVICE, args.local_rank)
     if args.eval or args.throughput:
-        main_eval.run(config, notes, world, measure_throughput=args.throughput)
+        main_eval.run(config, notes, world, args.resume or args.pretrained, args.throughput)
     else:
         train(config, notes, world)
     close_world(world)
@@ -117,9 +117,6 @@ def fit(
         state = resume(config, model, Path(config.MODEL.RESUME), logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger)
-    if world.is_main:
-        with writing_to(folder):
-            save_config(config, folder)
     start_epoch = state["epoch"] if state else 0
     if start_epoch >= config.TRAIN.EPOCHS:
         logger.info(
@@ -127,6 +124,9 @@ def fit(
             f"{best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder}"
         )
         return
+    if world.is_main:
+        with writing_to(folder):
+            save_config(config, folder)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer and schedule

@@ -37,14 +37,19 @@ def main() -> None:
     args = parse_args()
     config, notes = get_config(args)
     world = init_world(config.DEVICE, args.local_rank)
-    run(config, notes, world, measure_throughput=args.throughput, json_file=args.json)
+    run(config, notes, world, args.resume or args.pretrained, args.throughput, args.json)
     close_world(world)
 
 
 def run(
-    config, notes: list[str], world: World, measure_throughput: bool = False, json_file: Path | None = None
+    config,
+    notes: list[str],
+    world: World,
+    checkpoint: str | None = None,
+    measure_throughput: bool = False,
+    json_file: Path | None = None,
 ) -> None:
-    """Evaluates the checkpoint that the config names, or measures the throughput of its model."""
+    """Evaluates the file `checkpoint`, or else the run that the config names; or measures the model's throughput."""
     logger = create_logger("eval", world.rank)
     for note in notes:
         logger.warning(note, extra=ALL_RANKS)
@@ -69,7 +74,7 @@ def run(
         result = {"images_per_second": throughput(config, model, images, world), "batch": len(images)}
         logger.info(f"throughput {result['images_per_second']:.1f} images/s per process at batch {len(images)}, {amp}")
     else:
-        path = find_checkpoint(config)
+        path = find_checkpoint(config, checkpoint)
         load_weights(model, read_checkpoint(path), path)
         logger.info(f"weights from {path}")
         model.to(world.device)
@@ -94,15 +99,14 @@ def describe(result: dict) -> str:
     )
 
 
-def find_checkpoint(config) -> Path:
-    """The file to evaluate: the one that was named, or the best, or last, of the run that the config names."""
-    named = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    if named:
-        return Path(named)
+def find_checkpoint(config, named: str | None) -> Path:
+    """The file to evaluate: the one named on the command line; or the best, or last, of the run that the config names;
+    or the one in the config. What a finished run's config.yaml has there is where that run started from."""
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    for name in ("best.pth", "last.pth"):
-        if (folder / name).is_file():
-            return folder / name
+    own = [folder / name for name in ("best.pth", "last.pth") if (folder / name).is_file()]
+    for path in (named, *own, config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path:
+            return Path(path)
     raise CheckpointError(f"{folder}: no best.pth or last.pth there; train first, or name a file with --resume")
 
 

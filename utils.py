@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Runs `main`; a `UserError` becomes one message on stderr and its exit status."""
+    """Runs `main`; a `UserError` becomes one message on stderr and its exit status, Ctrl-C status 130."""
     try:
         main()
     except UserError as error:
@@ -31,6 +31,9 @@ def run_entry_point(main: Callable[[], None]) -> None:
             message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"{rank}error: {message}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last epoch that was saved", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -177,6 +178,30 @@ def test_evaluation_of_the_best_checkpoint_by_default_and_as_json(digits_run, tm
     # main.py --eval is the same thing
     same = python(*PICO, "--output", digits_run.parents[1], "--eval", "--opts", *TINY)
     assert f"top-1 {best['top1']:.3f} %" in same.stdout
+
+
+def test_evaluation_by_the_config_of_a_fine_tuned_run(digits_run, tmp_path):
+    """Its weights, not those it started from."""
+    start = ("--pretrained", digits_run / "ckpt_epoch_1.pth")
+    python(*PICO, *start, "--output", tmp_path, "--tag", "a", "--opts", *TINY, "--opts", "SEED", 5)
+    result = python("main_eval.py", "--cfg", tmp_path / "strip_mlp_pico_digits/a/config.yaml")
+    assert f"weights from {tmp_path}/strip_mlp_pico_digits/a/best.pth" in result.stdout
+    assert "SEED: 5" in (tmp_path / "strip_mlp_pico_digits/a/config.yaml").read_text()
+
+
+def test_ctrl_c(digits_run, tmp_path):
+    command = [sys.executable, *PICO, "--output", str(tmp_path), "--opts", *TINY, "TRAIN.EPOCHS", "300"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
+    for line in process.stdout:
+        if "epoch 2/300 step" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in stderr
+    assert "Traceback" not in stderr
+    assert torch.load(tmp_path / PICO_RUN / "last.pth", weights_only=True)["epoch"] >= 1
 
 
 def test_a_progress_bar_where_a_person_watches_and_plain_lines_elsewhere(digits_run, tmp_path):
