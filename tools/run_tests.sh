@@ -9,4 +9,5 @@ source tools/setup_venv.sh
 setup_venv requirements.txt tests/requirements.txt
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-"$python" -m pytest "$@"
+# Two workers, each with a share of the files, on one thread each: with more threads than cores they slow each other down.
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile "$@"
