@@ -192,12 +192,17 @@ def test_evaluation_by_the_config_of_a_fine_tuned_run(digits_run, tmp_path):
 def test_ctrl_c(digits_run, tmp_path):
     command = [sys.executable, *PICO, "--output", str(tmp_path), "--opts", *TINY, "TRAIN.EPOCHS", "300"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
-    for line in process.stdout:
-        if "epoch 2/300 step" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    # A shell starts background commands deaf to Ctrl-C, the tests' children included.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes, **listening) as process:
+        for line in process.stdout:
+            if "epoch 2/300 step" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        try:
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in stderr
     assert "Traceback" not in stderr
