@@ -40,6 +40,8 @@ _C.DATA.ZIP_MODE = False
 # share only).
 _C.DATA.CACHE_MODE = "no"
 _C.DATA.PIN_MEMORY = True
+# Images that may be unreadable, as a fraction of the data set; with more, the run stops.
+_C.DATA.MAX_UNREADABLE = 0.05
 # Loader processes per training process; -1: this process's share of the CPU cores, at most 8; 0: none.
 _C.DATA.NUM_WORKERS = -1
 
@@ -88,7 +90,10 @@ _C.TRAIN.MIN_LR = 5e-6
 _C.TRAIN.LR_REFERENCE_BATCH = 512
 # Largest global gradient norm; 0: no clipping
 _C.TRAIN.CLIP_GRAD = 5.0
-# Continue from last.pth in the output folder if there is one.
+# Optimizer steps in a row that may be skipped because the loss or the gradient is not finite; one more stops the run.
+# Loss scaling (float16) starts by skipping some: 2^16 takes 16 halvings to 1.
+_C.TRAIN.MAX_SKIPPED_STEPS = 20
+# Continue from the newest checkpoint in the output folder if there is one.
 _C.TRAIN.AUTO_RESUME = True
 # Forward and backward passes per optimizer step
 _C.TRAIN.ACCUMULATION_STEPS = 1
@@ -156,6 +161,13 @@ _C.OUTPUT = "output"
 _C.TAG = "default"
 # Epochs between two kept checkpoints (ckpt_epoch_N.pth); last.pth and best.pth are written when they change.
 _C.SAVE_FREQ = 10
+# How many of those to keep, the latest; 0: all
+_C.KEEP_CHECKPOINTS = 0
+# Inside an epoch, last.pth is written every so many minutes, or optimizer steps; 0: not
+_C.SAVE_MINUTES = 0.0
+_C.SAVE_STEPS = 0
+# Seconds without progress after which a process stops the run and names the process that hangs
+_C.TIMEOUT = 1800.0
 # Optimizer steps between two log lines
 _C.PRINT_FREQ = 10
 _C.SEED = 0
@@ -171,6 +183,11 @@ RELEASED_KEYS = {
 }
 
 DATASETS = ("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits")
+
+
+# A YAML file of a few lines can stand for billions of values (aliases of aliases).
+MOST_YAML_BYTES = 2**20
+MOST_YAML_VALUES = 100_000
 
 
 class ConfigError(UserError):
@@ -345,7 +362,13 @@ def read_yaml(path: Path) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a config must be a .yaml or .yml file; anything else (.py above all) is not read")
     try:
-        tree = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+        if path.stat().st_size > MOST_YAML_BYTES:
+            raise ConfigError(f"{path}: has {path.stat().st_size:,} bytes; accepted: {MOST_YAML_BYTES:,}")
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MOST_YAML_VALUES:
+            raise ConfigError(f"{path}: its aliases repeat each other into more than {MOST_YAML_VALUES:,} values")
+        tree = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8, month 13
@@ -353,6 +376,16 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; accepted: a mapping of config keys")
     return tree or {}
+
+
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many values a YAML node stands for with its aliases written out; infinitely many if it contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")  # as long as it is being counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = itertools.chain(*children) if isinstance(node, yaml.MappingNode) else children
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def find(config: CfgNode, path: Sequence[str]) -> Any:
@@ -439,6 +472,7 @@ ACCEPTED = {
     "DATA.IMG_SIZE": _at_least(1),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
+    "DATA.MAX_UNREADABLE": _within(0, 1),
     "DATA.NUM_WORKERS": _at_least(-1),
     "MODEL.TYPE": _one_of("strip_mlp_layer", "timm"),
     "MODEL.NAME": _FOLDER_NAME,
@@ -460,6 +494,7 @@ ACCEPTED = {
     "TRAIN.MIN_LR": _at_least(0),
     "TRAIN.LR_REFERENCE_BATCH": _at_least(1),
     "TRAIN.CLIP_GRAD": _at_least(0),
+    "TRAIN.MAX_SKIPPED_STEPS": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
     "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _at_least(1),
@@ -486,6 +521,10 @@ ACCEPTED = {
     "OUTPUT": (lambda value: value != "", "a folder"),
     "TAG": _FOLDER_NAME,
     "SAVE_FREQ": _at_least(1),
+    "KEEP_CHECKPOINTS": _at_least(0),
+    "SAVE_MINUTES": _at_least(0),
+    "SAVE_STEPS": _at_least(0),
+    "TIMEOUT": _at_least(1),
     "PRINT_FREQ": _at_least(1),
     "SEED": _at_least(0),
 }

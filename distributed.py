@@ -1,7 +1,7 @@
 """The process group: one process or many, whoever launched them, on CUDA (NCCL) or CPU (gloo)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from utils import UserError
 
-# How long processes wait for each other: longer than a download or filling a cache takes.
+# How long processes wait for each other at least: longer than a download or filling a cache takes.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -24,6 +24,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None  # for what is on the CPU; None: the default group
 
     @property
     def is_main(self) -> bool:
@@ -34,12 +35,13 @@ class World:
         return self.size > 1
 
 
-def init_world(device: str, local_rank: int | None = None) -> World:
+def init_world(device: str, local_rank: int | None = None, timeout: timedelta = TIMEOUT) -> World:
     """Joins the process group that a launcher announced in the environment; without one, the world is this process.
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         local_rank: what an old launcher passed as an argument; LOCAL_RANK in the environment goes first.
+        timeout: how long processes wait for each other.
 
     Raises:
         UserError: CUDA asked for and absent, or fewer GPUs than processes on this machine.
@@ -62,10 +64,13 @@ def init_world(device: str, local_rank: int | None = None) -> World:
     else:
         where = torch.device("cpu")
 
-    if size > 1:
-        backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=where if where.type == "cuda" else None)
-    return World(rank, local_rank, size, where)
+    host_group = None
+    if size > 1 and where.type == "cuda":
+        dist.init_process_group("nccl", timeout=timeout, device_id=where)
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+    elif size > 1:
+        dist.init_process_group("gloo", timeout=timeout)
+    return World(rank, local_rank, size, where, host_group)
 
 
 def close_world(world: World) -> None:
@@ -94,8 +99,43 @@ def from_main(value: Any, world: World) -> Any:
     return values[0]
 
 
+def sum_on_host(values: Sequence[int], world: World) -> list[int]:
+    """Sums of whole numbers over all processes, without a word to the device: what the processes' Python code has to
+    agree on."""
+    if not world.distributed:
+        return list(map(int, values))
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums, group=world.host_group)
+    return sums.tolist()
+
+
+def gather_rows(row: torch.Tensor, world: World) -> torch.Tensor:
+    """The tensors of all processes, each of shape (n,), as (processes, n) on the CPU of every one."""
+    rows = [torch.empty_like(row) for _ in range(world.size)]
+    if world.distributed:
+        dist.all_gather(rows, row)
+    else:
+        rows = [row]
+    return torch.stack(rows).cpu()
+
+
 def all_reduce_sum(values: torch.Tensor, world: World) -> torch.Tensor:
     """Sum of a tensor over all processes, in place and returned."""
     if world.distributed:
         dist.all_reduce(values)
     return values
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Inside, what the backends raise when another process has gone becomes a UserError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises nothing more special
+        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error).partition("\n")[0]
+        raise UserError(
+            f"lost the connection to another process ({reason}), which has ended: its own message says why; the same "
+            "command goes on from the last checkpoint"
+        ) from error

@@ -3,8 +3,12 @@
 import contextlib
 import math
 import resource
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from logging import Logger
 
 import torch
@@ -15,8 +19,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from distributed import World, all_reduce_sum
+from data import Sample
+from distributed import World, all_reduce_sum, sum_on_host
+from nonfinite import FiniteGuard, Step, poison, update_scaler
+from stopping import Stopped, StopRequest
+from training_state import TrainingState
 from utils import UserError, seed_all
+from watchdog import Watchdog
 
 MOST_NAMED_FILES = 20  # unreadable files named per epoch and process; all are counted
 
@@ -37,52 +46,121 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
 
 
+def steps_between_checks(config, world: World) -> int:
+    """How often a step's numbers are looked at."""
+    return 1 if world.device.type == "cpu" else config.PRINT_FREQ
+
+
 def steps_per_epoch(loader: DataLoader, accumulation: int) -> int:
     """Optimizer steps in an epoch; the last may be of fewer passes."""
     return math.ceil(len(loader) / accumulation)
 
 
+class LoadingFailed(Exception):
+    """A process could not load a batch, or too many files are unreadable; all processes have agreed to stop.
+
+    Attributes:
+        error: what to tell the user, on this process.
+    """
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass
+class Control:
+    """What may interrupt training and evaluation, and who is told where they are. By default, nothing and no one."""
+
+    request: StopRequest = field(default_factory=StopRequest)
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    # Whether a checkpoint is due after so many steps of the epoch; asked on the main process.
+    save_due: Callable[[int], bool] = lambda step: False
+    # Writes one; called by all processes.
+    save: Callable[[], None] = lambda: None
+
+
 def train_one_epoch(
     config,
+    state: TrainingState,
     model: nn.Module,
     loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
     scheduler: Scheduler,
-    scaler: torch.amp.GradScaler,
     mixup: Mixup | None,
-    epoch: int,
     world: World,
     logger: Logger,
+    control: Control,
 ) -> dict[str, float]:
-    """Trains for epoch number `epoch` (from 0).
+    """Trains epoch number `state.epoch` from where `state.progress` says, which it keeps up to date: between two steps,
+    the state is one to go on from.
 
-    Nothing waits for the device but the log lines, every PRINT_FREQ steps. All randomness is drawn from (seed, epoch,
-    batch, rank).
+    All randomness is drawn from (seed, epoch, batch, rank). Before each batch the processes agree, on the host, whether
+    to go on. Nothing waits for the device but the log lines, every PRINT_FREQ steps; on the CPU, where there is nothing
+    to wait for, each step is checked at once.
+
+    Args:
+        model: `state.model`, wrapped if there are several processes.
 
     Returns:
-        train_loss (mean over all processes), lr (of the last step), images_per_second (all processes), memory_mb
-        (peak), seconds, unreadable_train (images of all processes).
+        train_loss (mean over all processes and the steps that were not skipped), lr (of the last step),
+        images_per_second (all processes), memory_mb (peak), seconds, skipped_steps, unreadable_train (images of all
+        processes).
 
     Raises:
-        UserError: the loss is not finite.
+        Stopped: a process got a signal; the state is between two steps.
+        LoadingFailed: likewise.
+        NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
     model.train()
-    loader.sampler.set_epoch(epoch)
+    optimizer, scaler, progress, epoch = state.optimizer, state.scaler, state.progress, state.epoch
     # Mixup's soft targets are smoothed already.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
-    amp = resolve_amp(config, world.device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    max_norm = config.TRAIN.CLIP_GRAD or float("inf")
     accumulation = config.TRAIN.ACCUMULATION_STEPS
     steps = steps_per_epoch(loader, accumulation)
-    unreadable = UnreadableFiles(loader, logger)
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, batches
+    unreadable = UnreadableFiles(config, loader, logger, progress.unreadable)
+    guard = FiniteGuard(config, state, logger)
+    check_every = steps_between_checks(config, world)
+    progress.losses = progress.losses.to(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     started = printed = time.perf_counter()
-    printed_step = printed_batch = 0
-    for i, batch in enumerate(progress_bar(loader, f"epoch {epoch + 1}", world)):
+    seconds_before = progress.seconds
+    first = printed_batch = progress.step * accumulation
+    printed_step = progress.step
+    loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
+    batches = iterate(loader, f"epoch {epoch + 1}", world, first)
+    for i in range(first, len(loader)):
+        step, passes_done = divmod(i, accumulation)
+        where = f"epoch {epoch + 1} batch {i + 1}"
+        control.watchdog.at(epoch, 0, i, 0, doing=f"waiting for the data of {where}")
+        batch, failure = next_batch(batches)
+        control.watchdog.at(epoch, 0, i, 1, doing=f"agreeing with the other processes before {where}")
+        between_steps = passes_done == 0
+        stop, save, failures, unreadable_files = sum_on_host(
+            [
+                between_steps and control.request.signal is not None,
+                between_steps and world.is_main and control.save_due(step),
+                failure is not None,
+                unreadable.count,
+            ],
+            world,
+        )
+        if stop or save or failures or unreadable.too_many(unreadable_files):
+            guard.check()
+            progress.seconds = seconds_before + time.perf_counter() - started
+            if failures or unreadable.too_many(unreadable_files):
+                # Passes of a step that will not be must leave nothing.
+                guard.restore_buffers()
+                optimizer.zero_grad(set_to_none=True)
+                raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
+            if stop:
+                raise Stopped
+            control.watchdog.at(epoch, 0, i, 2, doing=f"writing a checkpoint before {where}")
+            control.save()
+
+        control.watchdog.at(epoch, 0, i, 3, doing=f"the forward pass of {where}")
         seed_all(config.SEED, epoch, i, world.rank)
         unreadable.note(batch)
         images = batch.image.to(world.device, non_blocking=True)
@@ -90,77 +168,107 @@ def train_one_epoch(
         if mixup:
             images, targets = mixup(images, targets)
 
-        step = i // accumulation
+        if between_steps:
+            losses, samples = [], []
         passes = min(accumulation, len(loader) - step * accumulation)  # of this step: the last may have fewer
-        is_update = i == step * accumulation + passes - 1
+        is_update = passes_done == passes - 1
         # Gradients of all processes are averaged once per step, in its last backward pass.
         with contextlib.nullcontext() if is_update or not world.distributed else model.no_sync():
-            with autocast(world.device, amp):
+            with autocast(world.device, state.amp):
                 loss = criterion(model(images), targets)
-            scaler.scale(loss / passes).backward()
-        totals += torch.stack([loss.detach().double(), torch.ones_like(totals[1])])
+            control.watchdog.at(epoch, 0, i, 4, doing=f"the backward pass of {where}")
+            scaler.scale(poison(loss) / passes).backward()
+        losses.append(loss.detach())
+        samples.append(batch.index)
         if not is_update:
             continue
 
         scheduler.step_update(epoch * steps + step)
+        lr = optimizer.param_groups[0]["lr"]
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if config.TRAIN.CLIP_GRAD:
+            nn.utils.clip_grads_with_norm_(parameters, config.TRAIN.CLIP_GRAD, grad_norm)
+        scaler.step(optimizer)  # not if a gradient is not finite
+        update_scaler(scaler, state.amp)
         optimizer.zero_grad(set_to_none=True)
 
-        if (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps:
-            value = loss.item()  # waits for the device
-            lr = optimizer.param_groups[0]["lr"]
-            norm = grad_norm.item()
-            # Loss scaling meets infinite gradients as a matter of course and skips the step; otherwise the weights
-            # are ruined already.
-            if not math.isfinite(value) or not (scaler.is_enabled() or math.isfinite(norm)):
-                raise not_finite(value, norm, config, epoch, step, lr)
+        of_step = torch.stack([torch.stack(losses).double().sum(), progress.losses.new_tensor(float(passes))])
+        progress.losses = progress.losses + of_step.where(grad_norm.isfinite(), 0)
+        progress.step, progress.unreadable = step + 1, unreadable.count
+        guard.note(Step(step, lr, losses, grad_norm, samples))
+        is_logged = (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps
+        if is_logged or (step + 1) % check_every == 0:
+            guard.check()
+        if is_logged:
             now = time.perf_counter()
             per_step = (now - printed) / (step + 1 - printed_step)
             eta = ((config.TRAIN.EPOCHS - epoch) * steps - step - 1) * per_step
             speed = config.DATA.BATCH_SIZE * (i + 1 - printed_batch) * world.size / (now - printed)
             printed, printed_step, printed_batch = now, step + 1, i + 1
+            mean = (progress.losses[0] / progress.losses[1]).item()
             logger.info(
                 f"epoch {epoch + 1}/{config.TRAIN.EPOCHS} step {step + 1}/{steps} eta {clock(eta)} lr {lr:.3e} "
-                f"loss {value:.4f} ({(totals[0] / totals[1]).item():.4f}) grad_norm {norm:.3f} "
+                f"loss {loss.item():.4f} ({mean:.4f}) grad_norm {grad_norm.item():.3f} "
                 f"{speed:.0f} images/s memory {peak_memory_mb(world.device):.0f} MB"
             )
 
-    all_reduce_sum(totals, world)
-    train_loss = (totals[0] / totals[1]).item()
-    seconds = time.perf_counter() - started
-    lr = optimizer.param_groups[0]["lr"]
-    if not math.isfinite(train_loss):
-        raise not_finite(train_loss, grad_norm.item(), config, epoch, steps - 1, lr)
+    control.watchdog.at(epoch, 0, len(loader), doing=f"waiting for the other processes after epoch {epoch + 1}")
+    progress.seconds = seconds_before + time.perf_counter() - started
+    scheduler.step_update((epoch + 1) * steps - 1)  # the last step's rate, also if a run has gone on after that step
+    (unreadable_files,) = sum_on_host([unreadable.count], world)
+    if unreadable.too_many(unreadable_files):
+        raise LoadingFailed(unreadable.error(unreadable_files))
+    total, passes = all_reduce_sum(progress.losses.clone(), world).tolist()
     return {
-        "train_loss": train_loss,
-        "lr": lr,
-        "images_per_second": len(loader) * config.DATA.BATCH_SIZE * world.size / seconds,
+        "train_loss": total / passes if passes else math.nan,
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_second": len(loader) * config.DATA.BATCH_SIZE * world.size / progress.seconds,
         "memory_mb": peak_memory_mb(world.device),
-        "seconds": seconds,
-        "unreadable_train": unreadable.total(world),
+        "seconds": progress.seconds,
+        "skipped_steps": progress.skipped,
+        "unreadable_train": unreadable_files,
     }
 
 
 @torch.inference_mode()
-def evaluate(config, model: nn.Module, loader: DataLoader, world: World, logger: Logger) -> dict[str, float]:
+def evaluate(
+    config,
+    model: nn.Module,
+    loader: DataLoader,
+    world: World,
+    logger: Logger,
+    control: Control | None = None,
+    epoch: int = 0,
+) -> dict[str, float]:
     """Accuracy and loss over the images of all processes, each counted once.
 
     Args:
         model: not wrapped: processes may have different numbers of batches, so nothing in it may wait for the others.
+        control: none for an evaluation that nothing interrupts.
+        epoch: of training, from 0, for the watchdog.
 
     Returns:
         top1 and top5 in percent (an unreadable image counts as wrong), val_loss (mean cross-entropy of the readable
         images), images, unreadable_val, val_seconds, val_images_per_second (all processes).
+
+    Raises:
+        Stopped: a process got a signal.
+        LoadingFailed: a process could not load a batch, or too many files are unreadable.
     """
     model.eval()
+    control = control or Control()
     amp = resolve_amp(config, world.device)
-    unreadable = UnreadableFiles(loader, logger)
+    unreadable = UnreadableFiles(config, loader, logger)
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)  # images, readable, loss, top-1, top-5
     started = time.perf_counter()
-    for batch in progress_bar(loader, "evaluation", world):
+    failure = None
+    batches = iterate(loader, "evaluation", world)
+    for i in range(len(loader)):
+        control.watchdog.at(epoch, 1, i, doing=f"evaluation batch {i + 1}")
+        batch, failure = next_batch(batches)
+        if failure is not None or control.request.signal is not None:
+            break
         unreadable.note(batch)
         images = batch.image.to(world.device, non_blocking=True)
         targets = batch.target.to(world.device, non_blocking=True)
@@ -174,6 +282,14 @@ def evaluate(config, model: nn.Module, loader: DataLoader, world: World, logger:
         hits &= (readable & logits.isfinite().all(dim=1))[:, None]
         batch_totals = (torch.ones_like(losses), readable, losses.where(readable, 0), hits[:, 0], hits.any(dim=1))
         totals += torch.stack([values.double().sum() for values in batch_totals])
+    control.watchdog.at(epoch, 2, doing="waiting for the other processes after the evaluation")
+    stop, failures, unreadable_files = sum_on_host(
+        [control.request.signal is not None, failure is not None, unreadable.count], world
+    )
+    if failures or unreadable.too_many(unreadable_files):
+        raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
+    if stop:
+        raise Stopped
     all_reduce_sum(totals, world)
     images, readable, loss, top1, top5 = totals.tolist()
     seconds = time.perf_counter() - started
@@ -182,7 +298,7 @@ def evaluate(config, model: nn.Module, loader: DataLoader, world: World, logger:
         "top5": 100 * top5 / images,
         "val_loss": loss / readable if readable else math.nan,
         "images": int(images),
-        "unreadable_val": unreadable.total(world),
+        "unreadable_val": unreadable_files,
         "val_seconds": seconds,
         "val_images_per_second": images / seconds,
     }
@@ -213,10 +329,11 @@ def throughput(config, model: nn.Module, images: torch.Tensor, world: World) -> 
 class UnreadableFiles:
     """Counts the unreadable images that a loader met, and names them in the log."""
 
-    def __init__(self, loader: DataLoader, logger: Logger):
-        self.source, self.logger, self.count = loader.dataset.source, logger, 0
+    def __init__(self, config, loader: DataLoader, logger: Logger, count: int = 0):
+        self.source, self.logger, self.count = loader.dataset.source, logger, count
+        self.images, self.most = len(loader.dataset), config.DATA.MAX_UNREADABLE
 
-    def note(self, batch) -> None:
+    def note(self, batch: Sample) -> None:
         if batch.readable.all():
             return
         for index in batch.index[~batch.readable].tolist():
@@ -225,24 +342,42 @@ class UnreadableFiles:
                 more = "; further ones are only counted" if self.count == MOST_NAMED_FILES else ""
                 self.logger.warning(f"cannot be read as an image: {self.source.name(index)}{more}")
 
-    def total(self, world: World) -> int:
-        """Over all processes."""
-        return int(all_reduce_sum(torch.tensor(self.count, device=world.device), world).item())
+    def too_many(self, count: int) -> bool:
+        """Whether `count`, of all processes, is more than the config accepts."""
+        return count > self.most * self.images
+
+    def error(self, count: int, failures: int = 0) -> UserError:
+        """Why loading ends on a process that has not failed itself."""
+        if failures:
+            return UserError("another process could not load its data: its own message says why")
+        return UserError(
+            f"{count} of {self.images} images cannot be read (the log names the first {MOST_NAMED_FILES} of each "
+            f"process); accepted: a fraction of DATA.MAX_UNREADABLE {self.most:g}"
+        )
 
 
-def progress_bar(loader: DataLoader, title: str, world: World):
-    """The loader with a bar on rank 0 where a person is watching."""
-    hidden = not (world.is_main and sys.stdout.isatty())
-    return tqdm(loader, desc=title, leave=False, disable=hidden, file=sys.stdout, dynamic_ncols=True)
+def iterate(loader: DataLoader, title: str, world: World, first: int = 0) -> Iterator[Sample]:
+    """The loader's batches, with a bar on rank 0 where a person is watching; the bar begins at batch `first`."""
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # PyTorch's handler for the death of a loader process raises wherever the program is, in the middle of an
+        # optimizer step for one. Without it the loader notices too, within 5 seconds of waiting for a batch.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    bar = {"desc": title, "total": len(loader), "initial": first, "leave": False, "dynamic_ncols": True}
+    return iter(tqdm(batches, **bar, disable=not (world.is_main and sys.stdout.isatty()), file=sys.stdout))
 
 
-def not_finite(loss: float, grad_norm: float, config, epoch: int, step: int, lr: float) -> UserError:
-    """The error for a loss or gradient that is no number: weights that would be saved next may be ruined."""
-    return UserError(
-        f"the loss is {loss} in epoch {epoch + 1}, step {step + 1} (gradient norm {grad_norm}, lr {lr:.3e}, "
-        f"AMP {config.AMP}); training stopped, the checkpoints of the epochs before are untouched; a lower "
-        "TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or --amp off, may help"
-    )
+def next_batch(batches: Iterator[Sample]) -> tuple[Sample | None, Exception | None]:
+    """The next batch, or why there is none."""
+    try:
+        return next(batches), None
+    except Exception as error:  # whatever it is, the other processes must hear of it; it is raised by the caller
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            return None, UserError(
+                f"a loader process has died ({str(error).splitlines()[0]}); often because memory ran out: a smaller "
+                "DATA.NUM_WORKERS takes less"
+            )
+        return None, error
 
 
 def peak_memory_mb(device: torch.device) -> float:

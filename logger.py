@@ -18,7 +18,10 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            # File names may have characters that the console's encoding lacks.
+            encoding = sys.stdout.encoding or "utf-8"
+            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except Exception:
             self.handleError(record)  # logging's way: reported on stderr, the program goes on
@@ -62,7 +65,7 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
         alarm.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
         logger.addHandler(alarm)
     if folder is not None:
-        file = logging.FileHandler(folder / f"log_rank{rank}.txt", encoding="utf-8")
+        file = logging.FileHandler(folder / f"log_rank{rank}.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
     return logger

@@ -8,6 +8,8 @@ Everything a run writes goes to OUTPUT/MODEL.NAME/TAG; the same command again co
 
 import argparse
 import inspect
+import sys
+from datetime import timedelta
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import main_eval
-from checkpoint import FORMAT, CheckpointError, load_pretrained, load_weights, read_training_state, save_checkpoint
+import stopping
+from checkpoint import CheckpointError, load_pretrained, load_weights, read_training_state
 from config import add_arguments, get_config, leaves, save_config
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
-from distributed import World, close_world, from_main, init_world
-from engine import evaluate, resolve_amp, steps_per_epoch, train_one_epoch
+from distributed import TIMEOUT, World, close_world, from_main, init_world, lost_processes_named
+from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model
-from optimizer import build_optimizer, load_optimizer_state
+from nonfinite import build_scaler
+from optimizer import build_optimizer
+from run_folder import RunFolder, open_run_folder
+from stopping import Stopped, StopRequest
+from training_state import Progress, TrainingState
 from utils import UserError, run_entry_point, seed_all, writing_to
+from watchdog import Watchdog
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,15 +55,23 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, notes = get_config(args)
-    world = init_world(config.DEVICE, args.local_rank)
-    if args.eval or args.throughput:
-        main_eval.run(config, notes, world, args.resume or args.pretrained, args.throughput)
-    else:
-        train(config, notes, world)
-    close_world(world)
+    status = 0
+    with lost_processes_named():
+        # The watchdog, which can say what is wrong, comes before the process group.
+        world = init_world(config.DEVICE, args.local_rank, max(TIMEOUT, 2 * timedelta(seconds=config.TIMEOUT)))
+        if args.eval or args.throughput:
+            main_eval.run(config, notes, world, args.resume or args.pretrained, args.throughput)
+        else:
+            try:
+                train(config, notes, world)
+            except Stopped:
+                status = stopping.EXIT_STATUS
+        close_world(world)
+    sys.exit(status)
 
 
 def train(config, notes: list[str], world: World) -> None:
+    """Raises Stopped when a signal has ended the run, which is saved."""
     # -----------------------------------------------------------------------------------------------------------------
     # Data and model: nothing is written before all that the run needs is there
     # -----------------------------------------------------------------------------------------------------------------
@@ -78,15 +94,17 @@ def train(config, notes: list[str], world: World) -> None:
             raise UserError("TRAIN.SYNC_BN is True, which needs CUDA; accepted on the CPU: False")
         model = convert_sync_batchnorm(model)
 
-    folder = create_run_folder(config)
-    with writing_to(folder):
-        logger = create_logger("train", world.rank, folder)
-    log_start(config, notes, model, world, logger)
-    try:
-        fit(config, model, train_loader, eval_loader, mixup, folder, world, logger)
-    except UserError as error:
-        logger.error(str(error), extra=FILE_ONLY)  # the console gets it from run_entry_point
-        raise
+    with open_run_folder(config, world) as folder:
+        if not config.TRAIN.AUTO_RESUME:
+            folder.refuse_overwriting()
+        with writing_to(folder.path):
+            logger = create_logger("train", world.rank, folder.path)
+        log_start(config, notes + folder.notes, model, world, logger)
+        try:
+            fit(config, model, train_loader, eval_loader, mixup, folder, world, logger)
+        except UserError as error:
+            logger.error(str(error), extra=FILE_ONLY)  # the console gets it from run_entry_point
+            raise
 
 
 def fit(
@@ -95,38 +113,35 @@ def fit(
     train_loader: DataLoader,
     eval_loader: DataLoader,
     mixup: Mixup | None,
-    folder: Path,
+    folder: RunFolder,
     world: World,
     logger: Logger,
 ) -> None:
     """Trains the model from wherever the run in `folder` is to TRAIN.EPOCHS, evaluating and saving after each epoch."""
     # -----------------------------------------------------------------------------------------------------------------
-    # Where to start: this run's own last.pth, or else --resume, or else --pretrained, or else fresh
+    # Where to start: this run's own newest checkpoint, or else --resume, or else --pretrained, or else fresh
     # -----------------------------------------------------------------------------------------------------------------
-    last = folder / "last.pth"
-    state = None
-    best = {"top1": -1.0, "epoch": 0}
-    # The main process decides: the folders of several machines may differ, the place to start from must not.
-    if config.TRAIN.AUTO_RESUME and from_main(last.exists(), world):
-        state = resume(config, model, last, logger)
-        best = state["best"]
-        for named in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
-            message = f"{named} is not read, because the run goes on from {last}; to start from it, give a new --tag"
-            logger.warning(message, extra=ALL_RANKS)
-    elif config.MODEL.RESUME:
-        state = resume(config, model, Path(config.MODEL.RESUME), logger)
+    content, path = find_start(config, folder, world, logger)
+    is_own = path is not None and path.parent == folder.path
+    if content:
+        load_weights(model, content, path)
+        log_resume(config, content, path, logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger)
-    start_epoch = state["epoch"] if state else 0
-    if start_epoch >= config.TRAIN.EPOCHS:
+    if is_own:
+        for named in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+            message = f"{named} is not read, because the run goes on from {path}; to start from it, give a new --tag"
+            logger.warning(message, extra=ALL_RANKS)
+    if content and content["epoch"] >= config.TRAIN.EPOCHS:
+        best = content["best"]
         logger.info(
-            f"nothing left to train: {start_epoch} of {config.TRAIN.EPOCHS} epochs are done, best top-1 "
-            f"{best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder}"
+            f"nothing left to train: {content['epoch']} of {config.TRAIN.EPOCHS} epochs are done, best top-1 "
+            f"{best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder.path}"
         )
         return
     if world.is_main:
-        with writing_to(folder):
-            save_config(config, folder)
+        with writing_to(folder.path):
+            save_config(config, folder.path)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Optimizer and schedule
@@ -138,14 +153,17 @@ def fit(
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=amp == torch.float16)
-    if state:
-        load_optimizer_state(optimizer, state["optimizer"])
-        if state["scaler"] and scaler.is_enabled():  # both empty or off outside float16
-            scaler.load_state_dict(state["scaler"])
-        del state  # as large as the model and the optimizer together
+    state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp)
+    images = len(train_loader.dataset)
+    if content:
+        state.restore_rest(content, path, config, images, steps, world, logger)
+        if is_own:
+            state.run = content["run"] or state.run
+        else:
+            state.best = {"top1": -1.0, "epoch": 0}  # this run's own best
+        del content  # as large as the model and the optimizer together
     logger.info(
-        f"{len(train_loader.dataset)} training and {len(eval_loader.dataset)} validation images, "
+        f"{images} training and {len(eval_loader.dataset)} validation images, "
         f"{config.MODEL.NUM_CLASSES} classes; {steps} steps per epoch; "
         f"peak lr {config.TRAIN.BASE_LR * scale:.3e} = {config.TRAIN.BASE_LR:g} x global batch / "
         f"{config.TRAIN.LR_REFERENCE_BATCH}; precision {str(amp or torch.float32).removeprefix('torch.')}"
@@ -163,63 +181,77 @@ def fit(
     # -----------------------------------------------------------------------------------------------------------------
     # Epochs
     # -----------------------------------------------------------------------------------------------------------------
-    with writing_to(folder):
-        metrics_log = MetricsLog(folder, start_epoch, logger) if world.is_main else None
-    for epoch in range(start_epoch, config.TRAIN.EPOCHS):
-        metrics = train_one_epoch(
-            config, wrapped, train_loader, optimizer, scheduler, scaler, mixup, epoch, world, logger
-        )
-        if world.distributed:
-            distribute_bn(model, world.size, reduce=True)
-        metrics |= evaluate(config, model, eval_loader, world, logger)
-        done = epoch + 1
-        is_best = metrics["top1"] > best["top1"]
-        if is_best:
-            best = {"top1": metrics["top1"], "epoch": done}
-        logger.info(
-            f"epoch {done}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}; "
-            f"best top-1 {best['top1']:.3f} % (epoch {best['epoch']})"
-        )
-        if metrics["unreadable_train"]:
-            message = f"{metrics['unreadable_train']} unreadable images in this epoch's training, replaced"
-            logger.warning(message, extra=ALL_RANKS)
+    def save(*names: str) -> None:
+        content = state.capture(config, images, world)
         if world.is_main:
-            # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
-            with writing_to(folder):
-                metrics_log.write({"epoch": done, **metrics})
+            folder.save(content, names)
+
+    with writing_to(folder.path):
+        metrics_log = MetricsLog(folder.path, state.epoch, logger) if world.is_main else None
+    with StopRequest() as request, Watchdog(world, config.TIMEOUT, logger) as watchdog:
+        control = Control(request, watchdog, folder.due, save)
+        while state.epoch < config.TRAIN.EPOCHS:
+            try:
+                metrics = train_one_epoch(
+                    config, state, wrapped, train_loader, scheduler, mixup, world, logger, control
+                )
+                if world.distributed and not state.progress.trained:
+                    distribute_bn(model, world.size, reduce=True)
+                state.progress.trained = True
+                metrics |= evaluate(config, model, eval_loader, world, logger, control, state.epoch)
+            except (Stopped, LoadingFailed) as reason:
+                watchdog.at(state.epoch, 3, doing="writing the last checkpoint")
+                save()
+                logger.info(
+                    f"stopped in epoch {state.epoch + 1} after {state.progress.step} of {steps} steps, saved in "
+                    f"{folder.last}; the same command goes on from there"
+                )
+                if isinstance(reason, LoadingFailed):
+                    raise reason.error from None
+                raise
+            state.epoch += 1
+            state.progress = Progress(skipped_in_row=state.progress.skipped_in_row)
+            is_best = metrics["top1"] > state.best["top1"]
+            if is_best:
+                state.best = {"top1": metrics["top1"], "epoch": state.epoch}
+            log_epoch(config, state, metrics, logger)
             names = ["best.pth"] if is_best else []
-            if done % config.SAVE_FREQ == 0 or done == config.TRAIN.EPOCHS:
-                names.append(f"ckpt_epoch_{done}.pth")
-            save_checkpoint(
-                {
-                    "format": FORMAT,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "epoch": done,
-                    "best": best,
-                    "config": leaves(config),
-                },
-                *(folder / name for name in names),
-                last,
-            )
+            if state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS:
+                names.append(f"ckpt_epoch_{state.epoch}.pth")
+            watchdog.at(state.epoch, -1, doing=f"writing the checkpoint after epoch {state.epoch}")
+            if world.is_main:
+                # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
+                with writing_to(folder.path):
+                    metrics_log.write({"epoch": state.epoch, **metrics})
+            save(*names)
     if metrics_log:
         metrics_log.close()
-    logger.info(f"best top-1 {best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder}")
+    logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
 
-def create_run_folder(config) -> Path:
-    """OUTPUT/MODEL.NAME/TAG, made if need be. Raises UserError where it cannot be written, or holds a run that this
-    one would overwrite."""
-    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not config.TRAIN.AUTO_RESUME and (folder / "last.pth").exists():
-        raise UserError(
-            f"{folder}: holds a run already, which TRAIN.AUTO_RESUME False would overwrite; choose another --tag, or "
-            "continue it with TRAIN.AUTO_RESUME True"
-        )
-    return folder
+def find_start(config, folder: RunFolder, world: World, logger: Logger) -> tuple[dict[str, Any] | None, Path | None]:
+    """The checkpoint to go on from, if any: its content and path.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    found = None
+    if config.TRAIN.AUTO_RESUME:
+        # The main process decides: two that look at different moments, or disks, could start from different places.
+        failure = None
+        try:
+            found = folder.newest(logger) if world.is_main else None
+        except UserError as error:
+            failure = error
+        path, message = from_main((found and found[0], failure and str(failure)), world)
+        if message:
+            raise failure or CheckpointError(message)
+        if path:
+            return (found[1] if found else read_training_state(path)), path
+    if config.MODEL.RESUME:
+        path = Path(config.MODEL.RESUME)
+        return read_training_state(path), path
+    return None, None
 
 
 def log_start(config, notes: list[str], model: nn.Module, world: World, logger: Logger) -> None:
@@ -234,22 +266,40 @@ def log_start(config, notes: list[str], model: nn.Module, world: World, logger: 
     )
 
 
-def resume(config, model: nn.Module, path: Path, logger: Logger) -> dict[str, Any]:
-    """Loads the weights of a training checkpoint into the model and returns its content."""
-    state = read_training_state(path)
-    load_weights(model, state, path)
-    logger.info(f"resumed from {path}: {state['epoch']} epochs done, best top-1 {state['best']['top1']:.3f} %")
-    before, now = state["config"], leaves(config)
+def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> None:
+    """What a run goes on from, and what has changed since.
+
+    Raises:
+        CheckpointError: the optimizer is another one.
+    """
+    step = content["progress"]["step"]
+    done = f"{content['epoch']} epochs{f' and {step} steps' if step else ''} done"
+    logger.info(f"resumed from {path}: {done}, best top-1 {content['best']['top1']:.3f} %")
+    before, now = content["config"], leaves(config)
     if before["TRAIN.OPTIMIZER.NAME"] != config.TRAIN.OPTIMIZER.NAME:
         raise CheckpointError(
             f"{path}: has the state of {before['TRAIN.OPTIMIZER.NAME']}, but TRAIN.OPTIMIZER.NAME is "
             f"{config.TRAIN.OPTIMIZER.NAME}; --pretrained {path} with a new --tag starts from its weights alone"
         )
-    for key in sorted(set(before) | set(now)):
-        if before.get(key) != now.get(key) and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
-            message = f"changed since that checkpoint: {key} was {before.get(key)!r}, is {now.get(key)!r}"
+    # Keys that only newer, or only older, configs have did not change what the run does.
+    for key in sorted(set(before) & set(now)):
+        if before[key] != now[key] and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
+            message = f"changed since that checkpoint: {key} was {before[key]!r}, is {now[key]!r}"
             logger.warning(message, extra=ALL_RANKS)
-    return state
+
+
+def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:
+    """An epoch's results, and what was not as it should be."""
+    logger.info(
+        f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}; "
+        f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']})"
+    )
+    if metrics["unreadable_train"]:
+        message = f"{metrics['unreadable_train']} unreadable images in this epoch's training, replaced"
+        logger.warning(message, extra=ALL_RANKS)
+    if metrics["skipped_steps"]:
+        message = f"{metrics['skipped_steps']} steps of this epoch skipped: loss or gradient not finite"
+        logger.warning(message, extra=ALL_RANKS)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import torch
 from checkpoint import CheckpointError, load_weights, read_checkpoint
 from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
-from distributed import World, close_world, init_world
-from engine import evaluate, resolve_amp, throughput
+from distributed import World, close_world, init_world, lost_processes_named
+from engine import LoadingFailed, evaluate, resolve_amp, throughput
 from logger import ALL_RANKS, create_logger, json_numbers
 from models import build_model
+from run_folder import run_path
 from utils import UserError, run_entry_point
 
 
@@ -36,9 +37,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, notes = get_config(args)
-    world = init_world(config.DEVICE, args.local_rank)
-    run(config, notes, world, args.resume or args.pretrained, args.throughput, args.json)
-    close_world(world)
+    with lost_processes_named():
+        world = init_world(config.DEVICE, args.local_rank)
+        run(config, notes, world, args.resume or args.pretrained, args.throughput, args.json)
+        close_world(world)
 
 
 def run(
@@ -78,7 +80,10 @@ def run(
         load_weights(model, read_checkpoint(path), path)
         logger.info(f"weights from {path}")
         model.to(world.device)
-        result = {"checkpoint": str(path), **evaluate(config, model, loader, world, logger)}
+        try:
+            result = {"checkpoint": str(path), **evaluate(config, model, loader, world, logger)}
+        except LoadingFailed as failed:
+            raise failed.error from failed
         logger.info(describe(result))
 
     if json_file and world.is_main:
@@ -102,8 +107,8 @@ def describe(result: dict) -> str:
 def find_checkpoint(config, named: str | None) -> Path:
     """The file to evaluate: the one named on the command line; or the best, or last, of the run that the config names;
     or the one in the config. What a finished run's config.yaml has there is where that run started from."""
-    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    own = [folder / name for name in ("best.pth", "last.pth") if (folder / name).is_file()]
+    folder = run_path(config)
+    own = [folder / name for name in ("best.pth", "last.pth", "previous.pth") if (folder / name).is_file()]
     for path in (named, *own, config.MODEL.RESUME, config.MODEL.PRETRAINED):
         if path:
             return Path(path)

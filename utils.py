@@ -1,5 +1,6 @@
 """What every entry point needs around its work: errors that are the user's to mend, and reproducible randomness."""
 
+import multiprocessing
 import os
 import random
 import sys
@@ -32,8 +33,12 @@ def run_entry_point(main: Callable[[], None]) -> None:
         print(f"{rank}error: {message}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last epoch that was saved", file=sys.stderr, flush=True)
+        print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    finally:
+        # Loader processes are deaf to the SIGTERM with which Python ends those of an error that still holds them.
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Data: sources of labelled images, transforms, loaders."""
 
 from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes
+from .dataset import Sample
 from .transforms import build_mixup
 
-__all__ = ["build_eval_loader", "build_mixup", "build_sources", "build_train_loader", "check_num_classes"]
+__all__ = ["Sample", "build_eval_loader", "build_mixup", "build_sources", "build_train_loader", "check_num_classes"]

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
-from data.sources import ArraySource, DataError, FolderSource, Source, ZipSource
+from data.sources import ArraySource, DataError, FolderSource, Source, ZipSource, printable
 from data.transforms import build_transform
 from distributed import World, main_process_first
+from stopping import ignore_signals
 
 DIGITS_TEST_IMAGES = 360  # 20 % of 1,797, rounded up
 
@@ -105,6 +106,7 @@ def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoad
         num_workers=workers,
         pin_memory=config.DATA.PIN_MEMORY and world.device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
     )
 
 
@@ -175,7 +177,7 @@ def _check_same_classes(config, train: list[str], val: list[str]) -> None:
     if train != val:
         only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
         differences = [
-            f"only in {split}: {', '.join(names[:5])}{' ...' * (len(names) > 5)}"
+            f"only in {split}: {', '.join(map(printable, names[:5]))}{' ...' * (len(names) > 5)}"
             for split, names in (("train", only_train), ("val", only_val))
             if names
         ]

@@ -17,8 +17,6 @@ from torch.utils.data import Dataset, Sampler
 from data.sources import DataError, Source
 from utils import seed_all
 
-# What PIL raises on files that are damaged, truncated, too large to be honest, or no images at all.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 # Files tried in place of an unreadable one: after so many in a row, the data set is broken rather than blemished.
 MOST_REPLACEMENTS = 32
 
@@ -83,7 +81,7 @@ class ClassificationDataset(Dataset):
     def _load(self, index: int) -> Image.Image | None:
         try:
             return self.source.load(index)
-        except UNREADABLE:
+        except OSError:
             return None  # counted and named by the engine, from Sample.readable
 
 
@@ -110,10 +108,11 @@ class TrainSampler(Sampler):
 
     def __init__(self, length: int, rank: int, size: int, seed: int, sharded: bool = False):
         self.length, self.rank, self.size, self.seed, self.sharded = length, rank, size, seed, sharded
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next iteration is epoch `epoch`, without its first `start` samples of this process."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.length // self.size
@@ -124,7 +123,7 @@ class TrainSampler(Sampler):
             order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
         else:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)[self.rank :: self.size]
-        return iter([(self.epoch, int(index)) for index in order[: len(self)]])
+        return iter([(self.epoch, int(index)) for index in order[self.start : len(self)]])
 
 
 class EvalSampler(Sampler):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -18,6 +19,14 @@ from utils import UserError
 # What zipfile raises on archives that are damaged, of a kind it does not know (NotImplementedError) or encrypted
 # (RuntimeError).
 UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+# No honest image is larger; a file or zip member that claims to be is not read into memory.
+MOST_FILE_BYTES = 2**28
+
+
+class UnreadableImage(OSError):
+    """A file that cannot be read as an image."""
 
 
 class DataError(UserError):
@@ -40,11 +49,11 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
-        """Sample `index` as an RGB image. Raises whatever its decoder raises on a file that cannot be read."""
+        """Sample `index` as an RGB image. Raises OSError if it cannot be read."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a person would look for to find sample `index`: its path."""
+        """What a person would look for to find sample `index`: its path, in printable characters."""
 
     @abstractmethod
     def cache(self, indices: Iterable[int]) -> None:
@@ -52,14 +61,18 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A source of encoded files, which `read` gives as bytes."""
+    """A source of encoded files, which `read` gives as bytes.
+
+    Of animated and multi-page files the first image counts; transparency is dropped; of 16-bit grey the upper 8 bits
+    are kept.
+    """
 
     def __init__(self) -> None:
         self._cached: dict[int, bytes] = {}
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The file of sample `index`."""
+        """The file of sample `index`. Raises OSError."""
 
     def cache(self, indices: Iterable[int]) -> None:
         for index in indices:
@@ -70,17 +83,22 @@ class FileSource(Source):
 
     def load(self, index: int) -> Image.Image:
         encoded = self._cached.get(index)
-        with Image.open(io.BytesIO(self.read(index) if encoded is None else encoded)) as image:
-            if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+        if encoded is None:
+            encoded = self.read(index)
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                return image.convert("RGB")
+        except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
 
 class FolderSource(FileSource):
     """One folder per class, in alphabetical order (torchvision's ImageFolder).
 
     Raises:
-        DataError: no such folder, no class folders, or a class folder without images.
+        DataError: no such folder, no class folders, a class folder without images, or one that links lead to twice.
     """
 
     def __init__(self, root: Path):
@@ -99,12 +117,25 @@ class FolderSource(FileSource):
         self.classes = listing.classes
         self.targets = listing.targets
         self._paths = [path for path, _ in listing.samples]
+        # Links are followed, also those that lead back.
+        found: dict[str, str] = {}
+        for folder in dict.fromkeys(os.path.dirname(path) for path in self._paths):
+            other = found.setdefault(os.path.realpath(folder), folder)
+            if other != folder:
+                both = f"{printable(other)} and {printable(folder)}"
+                raise DataError(f"{both} are the same folder through links: its images would count twice")
 
     def read(self, index: int) -> bytes:
-        return Path(self._paths[index]).read_bytes()
+        path = self._paths[index]
+        status = os.stat(path)
+        # A pipe would block, a device never end.
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE_BYTES:
+            raise UnreadableImage(f"{path}: no regular file of at most {MOST_FILE_BYTES} bytes")
+        with open(path, "rb") as file:
+            return file.read()
 
     def name(self, index: int) -> str:
-        return self._paths[index]
+        return printable(self._paths[index])
 
 
 class ZipSource(FileSource):
@@ -149,12 +180,15 @@ class ZipSource(FileSource):
             # Each loader process opens the archive itself: a shared file offset would mix up their reads.
             if self._opened_by != os.getpid():
                 self._zip, self._opened_by = zipfile.ZipFile(self._archive), os.getpid()
-            return self._zip.read(self._members[index])
+            member = self._zip.getinfo(self._members[index])
+            if member.file_size > MOST_FILE_BYTES:
+                raise UnreadableImage(f"{member.filename}: larger than {MOST_FILE_BYTES} bytes")
+            return self._zip.read(member)
         except UNREADABLE_ZIP as error:
-            raise OSError(str(error)) from error
+            raise UnreadableImage(str(error)) from error
 
     def name(self, index: int) -> str:
-        return f"{self._archive}:{self._members[index]}"
+        return printable(f"{self._archive}:{self._members[index]}")
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None, "_opened_by": 0}
@@ -179,10 +213,16 @@ class ArraySource(Source):
         """Nothing to do: it is all in memory."""
 
 
+def printable(name: str) -> str:
+    """A file name for logs and messages: escaped where it has line breaks, control characters, or bytes that are no
+    text."""
+    return name if name.isprintable() else ascii(name)
+
+
 def _has_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(printable, names[:most])) + more

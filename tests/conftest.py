@@ -1,13 +1,21 @@
 """What the end-to-end tests share: small image folders, and running the project's scripts as a user would."""
 
+import contextlib
 import importlib.util
+import itertools
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -76,16 +84,108 @@ def environment(**env: str) -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
 
 
+class Run:
+    """A script of the project that runs in a process, and process group, of its own.
+
+    Args:
+        command: a script of the top folder and its arguments.
+        folder: for its output.
+    """
+
+    _zygote: subprocess.Popen | None = None
+    _ids = itertools.count()
+    _unread: ClassVar[bytes] = b""
+    _ended: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, *command, folder: Path | None = None, cwd: Path = ROOT, **env: str):
+        cls = type(self)
+        if cls._zygote is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+            cls._zygote = subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], env=environment(), **pipes)
+        self.id = str(next(cls._ids))
+        folder = Path(tempfile.mkdtemp()) if folder is None else folder
+        self._out, self._err = folder / f"stdout{self.id}", folder / f"stderr{self.id}"
+        script, *arguments = map(str, command)
+        request = {"id": self.id, "command": [str(ROOT / script), *arguments], "cwd": str(cwd)}
+        request |= {"env": environment(**env), "stdout": str(self._out), "stderr": str(self._err)}
+        cls._zygote.stdin.write(json.dumps(request).encode() + b"\n")
+        while (answer := cls._answer())[:2] != ["started", self.id]:
+            pass
+        self.process = int(answer[2])
+
+    @classmethod
+    def _answer(cls, timeout: float = 60) -> list[str]:
+        while b"\n" not in Run._unread:
+            if not select.select([cls._zygote.stdout], [], [], max(timeout, 0))[0]:
+                raise TimeoutError
+            received = os.read(cls._zygote.stdout.fileno(), 65536)
+            assert received, "the process that runs the scripts has died"
+            Run._unread += received
+        line, Run._unread = Run._unread.split(b"\n", 1)
+        answer = line.decode().split()
+        if answer[0] == "ended":
+            cls._ended[answer[1]] = int(answer[2])
+        return answer
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit status; minus the signal that killed it."""
+        deadline = time.monotonic() + timeout
+        while self.id not in self._ended:
+            try:
+                self._answer(deadline - time.monotonic())
+            except TimeoutError:
+                self.kill(signal.SIGKILL)
+                raise AssertionError(f"still running after {timeout} s\n{self.stdout}{self.stderr}") from None
+        return self._ended[self.id]
+
+    @property
+    def running(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                self._answer(0)
+        return self.id not in self._ended
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Until it has printed `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.stdout + self.stderr:
+            assert self.running and time.monotonic() < deadline, f"no {text!r} in\n{self.stdout}{self.stderr}"
+            time.sleep(0.01)
+
+    def kill(self, number: int, group: bool = False) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.process, number)
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text(errors="backslashreplace") if self._out.exists() else ""
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text(errors="backslashreplace") if self._err.exists() else ""
+
+
+def start_processes(count: int, *command, **env: str) -> list[Run]:
+    """The processes of one job, as torchrun starts them."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count), **env}
+    local = {"LOCAL_WORLD_SIZE": str(count)}
+    return [Run(*command, **job, **local, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+
+
 def python(*command, ok: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     """Runs `python <command>` from the top folder as a user would, on one thread, and checks how it ended."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    if str(command[0]) in ("main.py", "main_eval.py"):
+        run = Run(*command, cwd=cwd, **env)
+        result = subprocess.CompletedProcess(command, run.wait(), run.stdout, run.stderr)
+    else:
+        result = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     if ok:
         assert result.returncode == 0, result.stdout + result.stderr
     else:

@@ -78,7 +78,7 @@ def test_corrupt_images_are_named_counted_and_never_correct(tmp_path):
     # All of one class, so that a model that always says "class0" would be right about each.
     for path in (data / "val/class0").iterdir():
         path.write_bytes(b"not a jpeg")
-    result = python(*train_command(data, tmp_path / "out"))
+    result = python(*train_command(data, tmp_path / "out", opts=("DATA.MAX_UNREADABLE", 0.5)))
     assert str(broken_train) in result.stdout
     assert "1 unreadable images in this epoch's training" in result.stdout
     assert "of which 4 unreadable and counted as wrong" in result.stdout
@@ -87,6 +87,12 @@ def test_corrupt_images_are_named_counted_and_never_correct(tmp_path):
     assert (record["unreadable_train"], record["unreadable_val"], record["images"]) == (1, 4, 8)
     assert record["top1"] <= 50
     assert record["top5"] <= 50  # two classes: every readable image is among the five best
+
+    # By default a run does not go on with so many.
+    message = fails(*train_command(data, tmp_path / "strict"))
+    assert "1 of 16 images cannot be read" in message
+    evaluation = ("main_eval.py", *train_command(data, tmp_path / "out")[1:])
+    assert "4 of 8 images cannot be read" in fails(*evaluation)
 
 
 def test_a_data_set_that_is_all_corrupt(image_folder, tmp_path):
@@ -218,8 +224,8 @@ def test_training_that_diverges_stops_and_keeps_the_checkpoint(image_folder, che
     run = tmp_path / RUN
     run.mkdir(parents=True)
     shutil.copy(checkpoint, run / "last.pth")
-    opts = ("TRAIN.EPOCHS", 3, "TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0, "PRINT_FREQ", 1)
+    opts = ("TRAIN.EPOCHS", 3, "TRAIN.BASE_LR", 1e30, "TRAIN.CLIP_GRAD", 0, "TRAIN.MAX_SKIPPED_STEPS", 1)
     message = fails(*train_command(image_folder, tmp_path, opts=opts))
-    assert "the loss is" in message
-    assert "lr" in message
+    for part in ("loss nan", "lr ", "float32", "2 in a row", "TRAIN.MAX_SKIPPED_STEPS 1", "Samples of"):
+        assert part in message
     assert (run / "last.pth").read_bytes() == checkpoint.read_bytes()

@@ -1,6 +1,7 @@
 """One epoch of training, evaluation, throughput; mixed precision; this process's place in the world."""
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -17,13 +18,17 @@ from torch import nn
 
 import distributed
 import engine
+import nonfinite
 from config import get_default_config
 from data import build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import ArraySource
 from distributed import TIMEOUT, World, close_world, init_world
-from engine import evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from nonfinite import NonFiniteError, build_scaler
 from optimizer import build_optimizer
+from stopping import Stopped
+from training_state import Progress, TrainingState
 from utils import UserError, seed_all
 
 LR = 0.1
@@ -47,6 +52,7 @@ def config_with(**values):
         "TRAIN__WEIGHT_DECAY": 0.0,
         "TRAIN__CLIP_GRAD": 0.0,
         "AMP": "off",
+        "DATA__MAX_UNREADABLE": 1.0,
     }
     config = get_default_config()
     for key, value in {**plain, **values}.items():
@@ -67,8 +73,23 @@ class Loader(list):
     def __init__(self, batches=()):
         super().__init__(batches)
         self.epochs = []
-        self.sampler = SimpleNamespace(set_epoch=self.epochs.append)
-        self.dataset = SimpleNamespace(source=SimpleNamespace(name=lambda index: f"file {index}"))
+        self.sampler = SimpleNamespace(set_epoch=lambda epoch, start: self.epochs.append((epoch, start)))
+        self.dataset = Data(sum(len(batch.index) for batch in self))
+
+    def __iter__(self):
+        """From where the sampler was told to begin."""
+        start = self.epochs[-1][1] if self.epochs else 0
+        return itertools.islice(super().__iter__(), start // len(self[0].index) if self else 0, None)
+
+
+class Data:
+    source = SimpleNamespace(name=lambda index: f"file {index}")
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def __len__(self) -> int:
+        return self.images
 
 
 def batches(images, targets, size: int = 4, readable=None) -> Loader:
@@ -112,14 +133,33 @@ class Log(logging.Logger):
         return [message for found, message in self.messages if found == level]
 
 
-def train(config, model, loader, *, mixup=None, epoch=0, world=ALONE, scaler=None, rate=lambda step: LR, log=None):
-    """Trains one epoch; gives its metrics and the schedule."""
-    optimizer = build_optimizer(config, model, LR)
-    schedule = Schedule(optimizer, rate)
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    metrics = train_one_epoch(
-        config, model, loader, optimizer, schedule, scaler, mixup, epoch, world, Log() if log is None else log
+def training_state(config, model, epoch=0, scaler=None, optimizer=None, progress=None) -> TrainingState:
+    amp = resolve_amp(config, CPU)
+    scaler = scaler or build_scaler(amp, CPU)
+    progress = progress or Progress()
+    return TrainingState(
+        model, optimizer or build_optimizer(config, model, LR), scaler, amp, epoch=epoch, progress=progress
     )
+
+
+def train(
+    config,
+    model,
+    loader,
+    *,
+    mixup=None,
+    world=ALONE,
+    rate=lambda step: LR,
+    log=None,
+    control=None,
+    state=None,
+    **kwargs,
+):
+    """Trains one epoch; gives its metrics and the schedule."""
+    state = state or training_state(config, model, **kwargs)
+    schedule = Schedule(state.optimizer, rate)
+    log = Log() if log is None else log
+    metrics = train_one_epoch(config, state, model, loader, schedule, mixup, world, log, control or Control())
     return metrics, schedule
 
 
@@ -156,7 +196,7 @@ def test_accumulation_equals_a_larger_batch(optimizer):
         before = weights(model)
         loader = build_train_loader(config, source, ALONE)
         metrics, schedule = train(config, model, loader, epoch=2, rate=lambda step: 0.01)
-        assert schedule.steps == [4, 5]
+        assert schedule.steps == [4, 5, 5]  # the last once more, for the metrics
         found.append((weights(model) - before, metrics["train_loss"]))
     for change, loss in found[1:]:
         torch.testing.assert_close(change, found[0][0], rtol=1e-3, atol=1e-6)
@@ -173,9 +213,9 @@ def test_shorter_last_group_and_rate_of_each_step():
 
     config = config_with(TRAIN__ACCUMULATION_STEPS=4)
     metrics, schedule = train(config, model, batches(images, targets), epoch=5, rate=rate)
-    assert schedule.steps == [15, 16, 17]
+    assert schedule.steps == [15, 16, 17, 17]
     losses = []
-    for step, group in zip(schedule.steps, (slice(0, 16), slice(16, 32), slice(32, 40)), strict=True):
+    for step, group in zip(schedule.steps[:3], (slice(0, 16), slice(16, 32), slice(32, 40)), strict=True):
         losses += [
             F.cross_entropy(reference(i), t).item()
             for i, t in zip(images[group].split(4), targets[group].split(4), strict=True)
@@ -205,7 +245,7 @@ def test_processes_wait_for_each_other_once_per_step(monkeypatch):
             events.append("forward")
             return super().forward(x)
 
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.mul_(2))
     metrics, _ = train(config_with(TRAIN__ACCUMULATION_STEPS=3), Wrapped(6, 3), batches(*noise(20)), world=world(0, 2))
     assert events == ["no_sync", "forward", "no_sync", "forward", "forward", "no_sync", "forward", "forward"]
     assert math.isfinite(metrics["train_loss"])
@@ -297,43 +337,206 @@ def test_mixup_gives_soft_targets_that_are_not_smoothed_again():
     assert metrics["train_loss"] == pytest.approx(np.mean(expected), rel=1e-6)
 
 
+# Losses and gradients that are not finite
+
+
+class Fragile(nn.Sequential):
+    """With running statistics, which an image that is not finite spoils."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(6), linear())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite(bad):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_step_with_a_loss_that_is_not_finite_leaves_no_trace(bad, accumulation, optimizer):
+    """Weights, moments, statistics and mean loss are those of an epoch without it."""
     images, targets = noise(40)
-    images[9] = bad  # in the third batch
-    with pytest.raises(UserError) as error:
-        train(config_with(PRINT_FREQ=1), linear(), batches(images, targets), epoch=6, rate=lambda step: 0.125)
-    for part in ("loss is nan", "epoch 7, step 3", "lr 1.250e-01", "AMP off"):
+    values = {"TRAIN__ACCUMULATION_STEPS": accumulation, "TRAIN__OPTIMIZER__NAME": optimizer}
+    config = config_with(**values, TRAIN__CLIP_GRAD=1.0)
+    good = [i for i in range(40) if i // (4 * accumulation) != 2]
+    found = []
+    for data in (torch.where(torch.arange(40)[:, None] == 8 * accumulation + 1, bad, images), images[good]):
+        model = Fragile()
+        state = training_state(config, model)
+        log = Log()
+        some_targets = targets if len(data) == 40 else targets[good]
+        metrics, _ = train(config, model, batches(data, some_targets), state=state, log=log)
+        found.append((model.state_dict(), str(state.optimizer.state_dict()["state"]), metrics["train_loss"]))
+        if len(data) == 40:
+            assert metrics["skipped_steps"] == 1
+            ids = " ".join(str(8 * accumulation + i) for i in range(4 * accumulation))
+            (line,) = log.of("WARNING")
+            assert line.startswith("epoch 1 step 3 skipped: loss nan, gradient norm nan, lr 1.000e-01, float32")
+            assert line.endswith(f"samples of the batch: {ids}")
+    for name, value in found[0][0].items():
+        assert torch.equal(value, found[1][0][name]), name
+    assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize(("bad_steps", "most"), [([2], 0), ([1, 2, 3], 2), ([1, 2, 4, 5, 6], 2)])
+def test_too_many_steps_in_a_row_that_are_not_finite(bad_steps, most):
+    images, targets = noise(40)
+    for step in bad_steps:
+        images[4 * step + 1] = float("nan")
+    model = linear()
+    state = training_state(config_with(), model, epoch=6)
+    config = config_with(PRINT_FREQ=5, TRAIN__MAX_SKIPPED_STEPS=most)
+    with pytest.raises(NonFiniteError) as error:
+        train(config, model, batches(images, targets), rate=lambda step: 0.125, state=state)
+    last = bad_steps[-1]
+    ids = " ".join(str(4 * last + i) for i in range(4))
+    for part in (f"epoch 7 step {last + 1}: loss nan", "lr 1.250e-01", "float32", "MAX_SKIPPED_STEPS", ids):
         assert part in str(error.value)
+    assert weights(model).isfinite().all()
 
 
-def test_loss_that_was_not_finite_between_the_log_lines():
-    """Once, without a trace in the weights."""
-    images, targets = noise(24)
-    images[9] = float("inf")
+@pytest.mark.parametrize(("bad_steps", "most"), [([2], 1), ([1, 2, 4, 5], 2)])
+def test_so_many_steps_may_be_skipped(bad_steps, most):
+    images, targets = noise(40)
+    for step in bad_steps:
+        images[4 * step + 1] = float("nan")
+    state = training_state(config_with(), linear())
+    config = config_with(TRAIN__MAX_SKIPPED_STEPS=most)
+    metrics, _ = train(config, state.model, batches(images, targets), state=state)
+    assert metrics["skipped_steps"] == len(bad_steps)
+    assert math.isfinite(metrics["train_loss"])
+    assert state.progress.skipped_in_row == 0
+
+
+def test_steps_in_a_row_are_counted_over_epochs_and_restarts():
+    images, targets = noise(8)
+    images[:] = float("nan")
+    state = training_state(config_with(), linear(), progress=Progress(skipped_in_row=3))
+    with pytest.raises(NonFiniteError, match="it is step 5 in a row"):
+        train(config_with(TRAIN__MAX_SKIPPED_STEPS=4), state.model, batches(images, targets), state=state)
+
+
+def test_loss_without_a_gradient_of_its_own():
+    """A constant that is not finite: the gradient would be, had it not been told."""
 
     class Model(nn.Linear):
         def forward(self, x):
-            if x.isinf().any():
-                return torch.full((4, 3), float("nan"), requires_grad=True)
-            return super().forward(x)
+            return super().forward(x) + (float("inf") if x.isinf().any() else 0.0)
 
-    log = Log()
-    with pytest.raises(UserError, match=r"loss is nan in epoch 1"):
-        train(config_with(PRINT_FREQ=5), Model(6, 3), batches(images, targets), log=log)
-    assert len(log.of("INFO")) == 2  # after steps 5 and 6, whose own losses are finite
+    images, targets = noise(24)
+    model = Model(6, 3)
+    config = config_with()
+    infinite = images.clone()
+    infinite[9] = float("inf")
+    metrics, _ = train(config, model, batches(infinite, targets))
+    assert metrics["skipped_steps"] == 1
+    assert weights(model).isfinite().all()
 
 
-def test_gradient_that_is_not_finite_in_the_last_step():
-    """The loss is finite, and no later one shows what became of the weights."""
-
+def test_gradient_that_is_not_finite_where_the_loss_is():
     class Model(nn.Linear):
         def forward(self, x):
             return super().forward(x) + (self.weight.sum() * 0).abs().sqrt()  # 0, with a gradient of 0 * inf
 
     images, targets = noise(4)
-    with pytest.raises(UserError, match=r"gradient norm nan"):
-        train(config_with(PRINT_FREQ=1), Model(6, 3), batches(images, targets))
+    model = Model(6, 3)
+    before = weights(model)
+    log = Log()
+    metrics, _ = train(config_with(), model, batches(images, targets), log=log)
+    assert metrics["skipped_steps"] == 1
+    assert torch.equal(weights(model), before)
+    assert "gradient norm nan" in log.of("WARNING")[0]
+    assert "samples" not in log.of("WARNING")[0]  # no sample is to blame
+
+
+def test_only_so_many_skipped_steps_are_named():
+    images, targets = noise(200)
+    images[::8] = float("nan")  # each other batch
+    log = Log()
+    metrics, _ = train(config_with(), linear(), batches(images, targets), log=log)
+    assert metrics["skipped_steps"] == 25
+    assert len(log.of("WARNING")) == nonfinite.MOST_NAMED_STEPS
+    assert "only counted" in log.of("WARNING")[-1]
+
+
+def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):
+    """As on CUDA: the weights are as good, the message comes later."""
+    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
+    images, targets = noise(40)
+    images[8:20] = float("nan")  # steps 3 to 5
+    for most, logged in ((3, 3), (2, 0)):
+        model, log = Fragile(), Log()
+        config = config_with(PRINT_FREQ=4, TRAIN__MAX_SKIPPED_STEPS=most)
+        stop = pytest.raises(NonFiniteError, match="epoch 1 step 5: ") if most == 2 else contextlib.nullcontext()
+        with stop:
+            train(config, model, batches(images, targets), log=log)
+        assert len(log.of("INFO")) == logged or most == 2
+        assert all(value.isfinite().all() for value in model.state_dict().values()) or most == 2
+
+
+# Where an epoch may be left, and gone on with
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("why", ["stop", "failure", "save"])
+def test_an_epoch_in_two_parts_equals_one(why, accumulation):
+    """By a signal, a loader that fails inside a step, and a checkpoint that training goes on after."""
+    images, targets = noise(40)
+    config = config_with(TRAIN__ACCUMULATION_STEPS=accumulation, TRAIN__OPTIMIZER__NAME="adamw", AMP="bfloat16")
+    data = batches(images, targets, readable=[i % 7 != 0 for i in range(40)])
+    whole = training_state(config, Fragile(), epoch=3)
+    expected, _ = train(config, whole.model, data, state=whole)
+
+    class Failing(Loader):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == 7 and self.epochs:
+                    raise OSError("gone")
+                yield batch
+
+    state = training_state(config, Fragile(), epoch=3)
+    control, first, saved = Control(), data, []
+    if why == "failure":
+        first = Failing(data)
+        with pytest.raises(LoadingFailed, match="gone"):
+            train(config, state.model, first, state=state, control=control)
+        assert state.progress.step == 7 // accumulation
+    elif why == "stop":
+        control.watchdog.at = lambda *position, doing: setattr(
+            control.request, "signal", "SIGTERM" if position[2] >= 6 else None
+        )
+        with pytest.raises(Stopped):
+            train(config, state.model, data, state=state, control=control)
+        assert state.progress.step == 6 // accumulation
+    else:
+        control.save_due = lambda step: step == 2
+        control.save = lambda: saved.append(
+            copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict(), state.progress))
+        )
+        train(config, state.model, data, state=state, control=control)
+        (content,) = saved
+        state.model.load_state_dict(content[0])
+        state.optimizer.load_state_dict(content[1])
+        state.progress = content[2]
+        assert state.progress.step == 2
+    found, schedule = train(config, state.model, data, state=state)
+    assert len(schedule.steps) < 10
+    for key in ("train_loss", "lr", "skipped_steps", "unreadable_train"):
+        assert found[key] == expected[key]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+    assert str(whole.optimizer.state_dict()) == str(state.optimizer.state_dict())
+
+
+def test_too_many_unreadable_images():
+    images, targets = noise(40)
+    readable = [i not in (1, 9, 17, 25) for i in range(40)]
+    state = training_state(config_with(), linear())
+    config = config_with(DATA__MAX_UNREADABLE=0.05)
+    with pytest.raises(LoadingFailed, match=r"3 of 40 images cannot be read .* DATA\.MAX_UNREADABLE 0\.05"):
+        train(config, state.model, batches(images, targets, readable=readable), state=state)
+    assert state.progress.step == 5  # before the sixth batch all know of the third
+    for fraction in (0.05, 0.1):
+        config = config_with(DATA__MAX_UNREADABLE=fraction)
+        with pytest.raises(LoadingFailed) if fraction < 0.1 else contextlib.nullcontext():
+            evaluate(config, linear(), batches(images, targets, readable=readable), ALONE, Log())
 
 
 # Randomness and bookkeeping
@@ -366,7 +569,7 @@ def test_metrics_and_modes():
     model = nn.Sequential(nn.BatchNorm1d(6), linear()).eval()
     log = Log()
     metrics, _ = train(config_with(), model, loader, epoch=3, log=log)
-    assert loader.epochs == [3]
+    assert loader.epochs == [(3, 0)]
     assert model.training
     assert model[0].num_batches_tracked == 3
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -425,13 +628,17 @@ def waits(monkeypatch):
     return waits
 
 
-def test_training_waits_for_the_device_at_log_lines_only(waits):
+def test_training_waits_for_the_device_at_log_lines_only(waits, monkeypatch):
+    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
     data = batches(*noise(40))
     for i, batch in enumerate(data):
         # Flags of the loader stay on the CPU: as arrays, they are not counted.
         data[i] = batch._replace(readable=batch.readable.numpy())
     waits.counts.clear()
-    train(config_with(PRINT_FREQ=4, TRAIN__CLIP_GRAD=1.0), waits.model, data)
+    config = config_with(PRINT_FREQ=4, TRAIN__CLIP_GRAD=1.0)
+    # Fused, as on CUDA: others ask on the host whether a gradient is finite.
+    optimizer = torch.optim.SGD(waits.model.parameters(), lr=LR, fused=True)
+    train(config, waits.model, data, optimizer=optimizer)
     assert set(waits.counts) == {4, 8, 10}
 
 
@@ -520,7 +727,7 @@ def test_unreadable_image_does_not_spoil_the_loss():
 
 def test_evaluation_of_several_processes(monkeypatch):
     """Counts are summed over processes; here the others have had the same images."""
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(3))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.mul_(3))
     logits, targets = noise(11, features=4, classes=4)
     readable = [i != 2 for i in range(11)]
     found = evaluate(config_with(), nn.Identity(), batches(logits, targets, 4, readable), world(0, 3), Log())
@@ -529,7 +736,7 @@ def test_evaluation_of_several_processes(monkeypatch):
 
 
 def test_process_without_images(monkeypatch):
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.add_(2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.add_(2 * values.is_floating_point()))
     found = evaluate(config_with(), nn.Identity(), Loader(), world(3, 4), Log())
     assert (found["top1"], found["images"]) == (100, 2)
 
@@ -625,6 +832,7 @@ def launched(monkeypatch):
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda index: devices.append(index))
+        monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: f"{backend} group")
         monkeypatch.setattr(
             distributed.dist, "init_process_group", lambda *args, **kwargs: groups.append((args, kwargs))
         )
@@ -651,13 +859,13 @@ def test_world_of_several_processes_on_the_cpu(launched):
     found = init_world("auto")
     assert found == World(5, 1, 8, CPU)
     assert not found.is_main
-    assert groups == [(("gloo",), {"timeout": TIMEOUT, "device_id": None})]
+    assert groups == [(("gloo",), {"timeout": TIMEOUT})]
 
 
 def test_world_of_several_processes_on_gpus(launched):
     devices, groups = launched(gpus=4, RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
     found = init_world("auto")
-    assert found == World(5, 1, 8, torch.device("cuda", 1))
+    assert found == World(5, 1, 8, torch.device("cuda", 1), "gloo group")
     assert devices == [1]
     assert groups == [(("nccl",), {"timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
 

@@ -56,7 +56,7 @@ def digits_run(tmp_path_factory) -> Path:
 def test_a_run_writes_what_it_promises(digits_run):
     names = {path.name for path in digits_run.iterdir() if not path.name.startswith("events.out.tfevents")}
     checkpoints = {"ckpt_epoch_1.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "last.pth", "best.pth"}
-    assert names == {"config.yaml", "log_rank0.txt", "metrics.jsonl", *checkpoints}
+    assert names == {"config.yaml", "log_rank0.txt", "metrics.jsonl", "run.lock", "previous.pth", *checkpoints}
     assert list(digits_run.glob("events.out.tfevents*"))
 
     records = metrics(digits_run)
@@ -203,8 +203,8 @@ def test_ctrl_c(digits_run, tmp_path):
             _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130
-    assert "interrupted; the same command goes on" in stderr
+    assert process.returncode == 75
+    assert "SIGINT: stopping after this step" in stderr
     assert "Traceback" not in stderr
     assert torch.load(tmp_path / PICO_RUN / "last.pth", weights_only=True)["epoch"] >= 1
 
