@@ -65,11 +65,17 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
         where = torch.device("cpu")
 
     host_group = None
-    if size > 1 and where.type == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=where)
-        host_group = dist.new_group(backend="gloo", timeout=timeout)
-    elif size > 1:
-        dist.init_process_group("gloo", timeout=timeout)
+    if size > 1:
+        # torchrun keeps its store over restarts. Without a prefix for each (PyTorch 2.15 has none), a process may find
+        # the addresses of those that were killed there, and fail or wait for them.
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        keys = {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
+        if where.type == "cuda":
+            dist.init_process_group("nccl", **keys, device_id=where)
+            host_group = dist.new_group(backend="gloo", timeout=timeout)
+        else:
+            dist.init_process_group("gloo", **keys)
     return World(rank, local_rank, size, where, host_group)
 
 

@@ -155,13 +155,6 @@ def fit(
     amp = resolve_amp(config, world.device)
     state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp)
     images = len(train_loader.dataset)
-    if content:
-        state.restore_rest(content, path, config, images, steps, world, logger)
-        if is_own:
-            state.run = content["run"] or state.run
-        else:
-            state.best = {"top1": -1.0, "epoch": 0}  # this run's own best
-        del content  # as large as the model and the optimizer together
     logger.info(
         f"{images} training and {len(eval_loader.dataset)} validation images, "
         f"{config.MODEL.NUM_CLASSES} classes; {steps} steps per epoch; "
@@ -177,6 +170,15 @@ def fit(
         known = inspect.signature(DistributedDataParallel).parameters
         no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
         wrapped = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+
+    # After wrapping, which makes all processes' running statistics rank 0's.
+    if content:
+        state.restore_rest(content, path, config, images, steps, world, logger)
+        if is_own:
+            state.run = content["run"] or state.run
+        else:
+            state.best = {"top1": -1.0, "epoch": 0}  # this run's own best
+        del content  # as large as the model and the optimizer together
 
     # -----------------------------------------------------------------------------------------------------------------
     # Epochs

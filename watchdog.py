@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from logging import Logger
 from typing import NamedTuple
@@ -23,6 +24,21 @@ class Mark(NamedTuple):
     doing: str
 
 
+@dataclass
+class Peer:
+    """What is known of a process.
+
+    Attributes:
+        pulse: grows as long as its watchdog lives.
+        since: when the pulse was seen to grow.
+    """
+
+    name: str
+    mark: Mark = field(default_factory=lambda: Mark((-1,), "starting"))
+    pulse: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
 class Watchdog:
     """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`. Outside, does nothing.
 
@@ -35,85 +51,83 @@ class Watchdog:
 
     def __init__(self, world: World | None = None, seconds: float = float("inf"), logger: Logger | None = None):
         self.world, self.seconds, self.logger = world, seconds, logger
-        self.interval = min(10.0, seconds / 5)
+        self.interval = min(10.0, seconds / 10)
         self._mark, self._since = Mark((0,), "starting"), time.monotonic()
         self._ended = threading.Event()
-        self._pulse = 0
-        self._store: dist.Store | None = None
+        self._peers: list[Peer] = []
+        self._answered = 0.0  # when the store last did
 
     def __enter__(self) -> "Watchdog":
         self._since = time.monotonic()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         if self.world.distributed:
-            # A connection of its own: the process group's may be busy waiting, which is when this one is needed.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-            # torchrun keeps its store over restarts.
-            self._store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            self._publish()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+            self._peers = [Peer(f"rank {rank}") for rank in range(self.world.size)]
+            # On its own, because the store may hang: without torchrun it is in rank 0's process.
+            threading.Thread(target=self._talk, name="watchdog's store", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
         self._ended.set()
-        self._thread.join()
 
     def at(self, *position: int, doing: str) -> None:
         """Says that this process has come to `position`, where it is `doing` something that may take a while."""
         self._mark, self._since = Mark(position, doing), time.monotonic()
 
+    def _idle(self) -> float:
+        return time.monotonic() - self._since
+
     def _watch(self) -> None:
         while not self._ended.wait(self.interval):
-            self._publish()
-            if time.monotonic() - self._since > self.seconds:
-                message = self._report()
-                if self._ended.is_set() or time.monotonic() - self._since <= self.seconds:
-                    continue  # it has moved in the meantime
-                self.logger.error(message)
+            if self._idle() > self.seconds:
+                self.logger.error(
+                    f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}; this process exits, the "
+                    "same command goes on from the last checkpoint"
+                )
                 faulthandler.dump_traceback()
                 for child in multiprocessing.active_children():
                     child.kill()
                 os._exit(1)
 
-    def _publish(self) -> None:
-        """Tells the others that this process lives, and where it is."""
-        self._pulse += 1
-        if self._store is not None:
-            content = [self._pulse, *self._mark, socket.gethostname(), os.getpid()]
-            try:
-                self._store.set(str(self.world.rank), json.dumps(content))
-            except RuntimeError:  # the store's process is gone, or hangs: `_report` says so if it matters
-                return
-
-    def _read(self) -> list[tuple[int, Mark, str]]:
-        """Pulse, mark and name of each process."""
-        found = []
-        for rank in range(self.world.size):
-            if not self._store.check([str(rank)]):
-                found.append((0, Mark((-1,), "starting"), f"rank {rank}"))
-                continue
-            pulse, position, doing, host, process = json.loads(self._store.get(str(rank)))
-            found.append((pulse, Mark(tuple(position), doing), f"rank {rank} (process {process} on {host})"))
-        return found
-
-    def _report(self) -> str:
-        start = f"no progress for {self.seconds:g} seconds (TIMEOUT): "
-        end = "; this process exits, the same command goes on from the last checkpoint"
-        if self._store is None:
-            return f"{start}{self._mark.doing}{end}"
+    def _talk(self) -> None:
+        """Tells the other processes where this one is; listens to them once it may have to judge."""
+        # A connection of its own: the process group's may be busy waiting, which is when this one is needed.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        pulse = 0
         try:
-            before = self._read()
-            time.sleep(2.5 * self.interval)
-            self._publish()
-            now = self._read()
-        except RuntimeError as error:
-            # Its process is the first to suspect: without torchrun that is rank 0.
-            return f"{start}{self._mark.doing}; the processes' store does not answer ({error}){end}"
-        silent = [name for (old, *_), (new, _, name) in zip(before, now, strict=True) if old == new]
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+            # torchrun keeps its store over restarts.
+            store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            while not self._ended.is_set():
+                pulse += 1
+                content = [pulse, *self._mark, f"process {os.getpid()} on {socket.gethostname()}"]
+                store.set(str(self.world.rank), json.dumps(content))
+                if self._idle() > self.seconds / 2:
+                    self._listen(store)
+                self._ended.wait(self.interval)
+        except RuntimeError as error:  # its process has gone; the process group will say so, or `_reason`
+            self.logger.info(f"the watchdog has lost the processes' store: {str(error).splitlines()[0]}")
+
+    def _listen(self, store: dist.Store) -> None:
+        for rank, peer in enumerate(self._peers):
+            if store.check([str(rank)]):
+                pulse, position, doing, process = json.loads(store.get(str(rank)))
+                if pulse != peer.pulse:
+                    peer.pulse, peer.since = pulse, time.monotonic()
+                peer.mark, peer.name = Mark(tuple(position), doing), f"rank {rank} ({process})"
+        self._answered = time.monotonic()
+
+    def _reason(self) -> str:
+        """What hangs, as far as this process can know."""
+        here, now = self._mark.doing, time.monotonic()
+        if not self._peers:
+            return here
+        if now - self._answered > 3 * self.interval:
+            return f"the processes' store, which is rank 0's if not torchrun's, does not answer; here: {here}"
+        silent = [peer.name for peer in self._peers if now - peer.since > 3 * self.interval]
         if silent:
-            return f"{start}{', '.join(silent)} does not respond; this process: {self._mark.doing}{end}"
-        last = min(mark.position for _, mark, _ in now)
-        behind = [f"{name} hangs: {mark.doing}" for _, mark, name in now if mark.position == last]
-        if len(behind) == len(now):
-            return f"{start}all processes are at the same point: {self._mark.doing}{end}"
-        return f"{start}{', '.join(behind)}; the others wait for it; this process: {self._mark.doing}{end}"
+            return f"{', '.join(silent)} does not respond; here: {here}"
+        last = min(peer.mark.position for peer in self._peers)
+        behind = [peer for peer in self._peers if peer.mark.position == last]
+        if len(behind) == len(self._peers):
+            return f"all processes are at the same point: {here}"
+        return f"{', '.join(f'{peer.name} hangs: {peer.mark.doing}' for peer in behind)}; here: {here}"
