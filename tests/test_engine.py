@@ -826,12 +826,14 @@ def launched(monkeypatch):
     """Sets what a launcher puts into the environment, on a machine with some number of GPUs."""
 
     def launched(gpus=0, **environment):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda index: devices.append(index))
+        monkeypatch.setattr(distributed.dist, "rendezvous", lambda url, timeout: iter([("store", 0, 1)]))
+        monkeypatch.setattr(distributed.dist, "PrefixStore", lambda prefix, store: (prefix, store))
         monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: f"{backend} group")
         monkeypatch.setattr(
             distributed.dist, "init_process_group", lambda *args, **kwargs: groups.append((args, kwargs))
@@ -840,6 +842,9 @@ def launched(monkeypatch):
 
     devices, groups = [], []
     return launched
+
+
+JOINED = {"store": ("restart0", "store"), "rank": 5, "world_size": 8}
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
@@ -859,7 +864,7 @@ def test_world_of_several_processes_on_the_cpu(launched):
     found = init_world("auto")
     assert found == World(5, 1, 8, CPU)
     assert not found.is_main
-    assert groups == [(("gloo",), {"timeout": TIMEOUT})]
+    assert groups == [(("gloo",), {**JOINED, "timeout": TIMEOUT})]
 
 
 def test_world_of_several_processes_on_gpus(launched):
@@ -867,7 +872,14 @@ def test_world_of_several_processes_on_gpus(launched):
     found = init_world("auto")
     assert found == World(5, 1, 8, torch.device("cuda", 1), "gloo group")
     assert devices == [1]
-    assert groups == [(("nccl",), {"timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
+    assert groups == [(("nccl",), {**JOINED, "timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
+
+
+def test_each_restart_of_torchrun_has_its_own_part_of_the_store(launched):
+    """Otherwise processes may find the addresses of those that were killed."""
+    _, groups = launched(RANK=0, WORLD_SIZE=2, TORCHELASTIC_RESTART_COUNT=3)
+    init_world("auto")
+    assert groups[0][1]["store"] == ("restart3", "store")
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, 2), ({"LOCAL_RANK": 1}, 1)])
