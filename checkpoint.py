@@ -5,9 +5,12 @@ CfgNode among their values) can be read too.
 """
 
 import contextlib
+import errno
+import io
 import itertools
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
@@ -28,6 +31,27 @@ FORMAT = 2
 # Of the pickle in a checkpoint, which lists its tensors in some 200 bytes each. Pickles of millions of entries would
 # take minutes and all memory to read.
 MOST_PICKLE_BYTES = 32 * 2**20
+# What a tuple may contain in tuples, those that are there more than once counted each time. To hash one, as a key, is
+# to go through all of them, on C's stack: a file of 300 bytes can take for ever, one of 200 kB overflow the stack.
+MOST_NESTED_TUPLES = 10_000
+# What torch.load would call for a file, and a few bytes of a file could fill the memory with.
+REFUSED = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
+# Numbers in dictionaries that are beyond what any run could count to.
+LARGEST = 2**63
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
+_NUMBERS += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# By the names of storages in a pickle.
+_ITEM_BYTES = {
+    f"{kind}Storage": size
+    for size, kinds in (
+        (1, ("Untyped", "Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4")),
+        (2, ("Half", "BFloat16", "Short")),
+        (4, ("Float", "Int", "QInt32")),
+        (8, ("Double", "Long", "ComplexFloat")),
+        (16, ("ComplexDouble",)),
+    )
+    for kind in kinds
+}
 
 
 class CheckpointError(UserError):
@@ -71,7 +95,8 @@ def save_checkpoint(state: dict[str, Any], *paths: Path, previous: Path | None =
                 _sync(link)
             os.replace(link, path)
         os.replace(temporary, paths[-1])
-        _sync(folder)  # the new names themselves
+        with contextlib.suppress(OSError):  # not every file system can
+            _sync(folder)  # the new names themselves
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a failed write into a RuntimeError
         for leftover in (temporary, link):
             with contextlib.suppress(OSError):  # a folder that is none: nothing was left in it
@@ -103,7 +128,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         _check_archive(path)
         # Swin-style files carry their config as a yacs node: a dict, so it can be read as one.
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _bare(torch.load(path, map_location="cpu", weights_only=True), {})
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -111,11 +136,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if asked_for is None:
             raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: its pickle cannot be read") from error
         raise CheckpointError(
-            f"{path}: refused: it asks for {asked_for[1]}, which could run code; accepted: tensors and plain types"
+            f"{path}: refused: it asks for {legible(asked_for[1])}, which could run code; accepted: tensors and plain "
+            "types"
         ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: cannot be read: not enough memory") from error
     except Exception as error:  # what a damaged file makes of PyTorch's reader can be any exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: {reason}") from error
+        # Not the file, but the disk or the machine at this moment: EINVAL comes from seeking in damaged ones.
+        passing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if passing or "can't allocate memory" in str(error):
+            raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
+        raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: {_reason(error)}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
     return content
@@ -124,20 +155,120 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def _check_archive(path: Path) -> None:
     """What torch.load does not look at: checksums (it loads changed tensors without a word), and sizes that a small
     file may claim."""
-    if not zipfile.is_zipfile(path):
-        return  # the format before PyTorch 1.6, or no checkpoint
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as PyTorch tells
+        if not zipped:  # the format before PyTorch 1.6, which begins with five pickles; or no checkpoint
+            file.seek(0)
+            start = io.BytesIO(file.read(MOST_PICKLE_BYTES))
+            for _ in range(5):
+                _check_pickle(start, path)
+            return
     with zipfile.ZipFile(path) as archive:
+        sizes: dict[str, int] = {}
         for entry in archive.infolist():
+            name = entry.filename.lower()  # capital or small is the same to PyTorch's reader
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: refused: {entry.filename} in it is compressed; torch.save stores")
-            if entry.filename.endswith(".pkl") and entry.file_size > MOST_PICKLE_BYTES:
+                raise CheckpointError(f"{path}: refused: {legible(name)} in it is compressed; torch.save stores")
+            if name in sizes:  # of which PyTorch's reader and these checks could take different ones
+                raise CheckpointError(f"{path}: refused: {legible(name)} is in it twice")
+            sizes[name] = entry.file_size
+        for name, size in sizes.items():
+            if name.endswith(".pkl") and size > MOST_PICKLE_BYTES:
                 raise CheckpointError(
-                    f"{path}: refused: its list of contents has {entry.file_size:,} bytes; accepted: "
-                    f"{MOST_PICKLE_BYTES:,}, enough for 150,000 tensors"
+                    f"{path}: refused: its list of contents has {size:,} bytes; accepted: {MOST_PICKLE_BYTES:,}, "
+                    "enough for 150,000 tensors"
                 )
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith(".pkl"):
+                _check_pickle(io.BytesIO(archive.read(entry)), path, entry.filename.partition("/")[0], sizes)
         changed = archive.testzip()
     if changed is not None:
-        raise DamagedCheckpointError(f"{path}: damaged: {changed} in it does not match its checksum")
+        raise DamagedCheckpointError(f"{path}: damaged: {legible(changed)} in it does not match its checksum")
+
+
+def _check_pickle(file: io.BytesIO, path: Path, folder: str = "", sizes: dict[str, int] | None = None) -> None:
+    """Raises CheckpointError for a pickle that asks for nothing forbidden and still must not be unpickled.
+
+    Args:
+        file: one pickle is read from it.
+        folder: in the archive, of this pickle and its storages.
+        sizes: in bytes of what is in the archive. Older versions of PyTorch believe what the pickle says of a storage's
+            size, and read the memory behind it.
+    """
+    # Of each value, how many tuples it is made of, and the value if it is a number, a text or a name; for a tuple, a
+    # list of those.
+    stack: list[tuple[int, Any]] = []
+    marks: list[int] = []
+    memo: dict[int, tuple[int, Any]] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo.get(argument, (0, None)))
+            continue
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        # PyTorch takes time that grows with the square of a name's length to say that it refuses it.
+        if name == "GLOBAL" and (argument in REFUSED or len(argument) > 200):
+            asked_for = legible(argument.replace(" ", "."))
+            raise CheckpointError(f"{path}: refused: it asks for {asked_for}; accepted: tensors and plain types")
+        taken, start = operation.stack_before, len(stack)
+        if pickletools.markobject in taken:
+            taken, start = taken[: taken.index(pickletools.markobject)], marks.pop()
+        start -= len(taken)
+        items = stack[start:]
+        del stack[start:]
+        if name.startswith("TUPLE"):
+            stack.append((1 + sum(tuples for tuples, _ in items), [value for _, value in items]))
+            if stack[-1][0] > MOST_NESTED_TUPLES:
+                raise CheckpointError(
+                    f"{path}: refused: it nests more than {MOST_NESTED_TUPLES:,} tuples; accepted: tensors and plain "
+                    "types"
+                )
+        else:
+            stack.extend([(0, argument)] * len(operation.stack_after))
+        if name == "BINPERSID" and sizes is not None:
+            _, kind, key, _, count = items[-1][1]
+            if sizes[f"{folder}/data/{key}".lower()] != count * _ITEM_BYTES[kind.split()[-1]]:
+                raise DamagedCheckpointError(
+                    f"{path}: not a checkpoint, or damaged: data/{legible(key)} in it has not the size of the "
+                    f"{legible(count)} numbers it should hold"
+                )
+
+
+def _bare(value: Any, done: dict[int, Any]) -> Any:
+    """The same in dictionaries, lists, tuples and tensors that have no attributes of their own: a file can give an
+    OrderedDict or a tensor any, which would hide the methods of that name."""
+    if isinstance(value, Tensor):
+        return Tensor.detach(value)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = copy = {}
+            copy.update((key, _bare(part, done)) for key, part in dict.items(value))
+        elif isinstance(value, list):
+            done[id(value)] = copy = []
+            copy.extend(_bare(part, done) for part in value)
+        else:
+            done[id(value)] = tuple(_bare(part, done) for part in value)
+    return done[id(value)]
+
+
+def legible(value: Any) -> str:
+    """Something out of a file, for messages: short and printable. What is neither text nor a number could be endless:
+    of that, the type."""
+    text = str(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return text if text.isprintable() else ascii(text)
+
+
+def _reason(error: Exception) -> str:
+    """An exception's message, or what there is of it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return line if line.isprintable() else ascii(line)
 
 
 def find_weights(content: Mapping, path: str | Path) -> dict[str, Tensor]:
@@ -147,14 +278,14 @@ def find_weights(content: Mapping, path: str | Path) -> dict[str, Tensor]:
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise CheckpointError(f"{path}: holds no weights; its keys: {_some(content)}")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
 
 
 def _some(names: Iterable) -> str:
     """The first few, for messages."""
-    return ", ".join(str(name)[:80] for name in itertools.islice(names, 8))
+    return ", ".join(map(legible, itertools.islice(names, 8)))
 
 
 def convert_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +317,14 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
-    weights = convert_weights(find_weights(content, path), model)
+    weights = find_weights(content, path)
+    try:
+        weights = convert_weights(weights, model)
+    except Exception as error:  # the conversion knows what released files are like
+        raise CheckpointError(
+            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
+            f"{_reason(error)}"
+        ) from error
     expected = model.state_dict()
     head = classifier_names(model)
     fresh = []
@@ -195,7 +333,8 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
         weights = {name: value for name, value in weights.items() if name not in head}
 
     reshaped = [n for n, v in weights.items() if n in expected and v.shape != expected[n].shape]
-    if reshaped and set(reshaped) <= set(head):
+    classes_alone = all(weights[n].ndim and weights[n].shape[1:] == expected[n].shape[1:] for n in reshaped)
+    if reshaped and set(reshaped) <= set(head) and classes_alone:
         file_classes, classes = (d[reshaped[0]].shape[0] for d in (weights, expected))
         raise CheckpointError(
             f"{path}: made for {file_classes} classes, but the model has {classes} (MODEL.NUM_CLASSES, or the data's "
@@ -212,7 +351,8 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
             f"{path}: does not fit the model of the config ({type(model).__name__}, {len(expected)} entries); "
             + "; ".join(problems)
         )
-    broken = [n for n, value in weights.items() if not value.isfinite().all()]
+    # Also in the model's precision, which numbers of the file's may be too large for.
+    broken = [n for n, v in weights.items() if not all(x.isfinite().all() for x in (v, v.to(expected[n].dtype)))]
     if broken:
         raise CheckpointError(f"{path}: not all of its weights are finite numbers: {_shorten(broken)}")
     model.load_state_dict(weights, strict=not fresh)
@@ -220,16 +360,14 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
 
 
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of real numbers in memory: not sparse, quantised, meta or complex, none of which could be
-    copied into a parameter."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return not (value.is_complex() or value.is_quantized or value.is_meta)
+    """Whether it is a tensor of real numbers in memory: not sparse, quantised, meta, complex or of bits, none of which
+    could be copied into a parameter."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _NUMBERS and not value.is_meta
 
 
 def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(name[:200] for name in names[:5]) + more
+    return ", ".join(n[:200] if n.isprintable() else ascii(n[:200]) for n in names[:5]) + more
 
 
 def load_pretrained(model: nn.Module, path: str | Path, logger: Logger) -> None:
@@ -254,9 +392,9 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
             f"{path}: holds no training state of this project (keys: {_some(content)}); use "
             "--pretrained to fine-tune from its weights, or main_eval.py to evaluate them"
         )
-    if content["format"] not in (1, FORMAT):
+    if type(content["format"]) is not int or content["format"] not in (1, FORMAT):
         raise CheckpointError(
-            f"{path}: checkpoint format {str(content['format'])[:80]}; this version reads formats 1 to {FORMAT}"
+            f"{path}: checkpoint format {legible(content['format'])}; this version reads formats 1 to {FORMAT}"
         )
     if content["format"] == 1:
         content = _from_format_1(content)
@@ -275,7 +413,7 @@ def _check_training_state(content: Mapping, path: str | Path) -> None:
     """Raises CheckpointError for what `TrainingState` could not take over."""
 
     def number(value: Any, low: float = 0) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < float("inf")
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < LARGEST
 
     def whole(value: Any, low: int = 0) -> bool:
         return isinstance(value, int) and number(value, low)
@@ -292,25 +430,42 @@ def _check_training_state(content: Mapping, path: str | Path) -> None:
     best, config, progress = section("best"), section("config"), section("progress")
     require(number(best.get("top1"), -1) and whole(best.get("epoch")), "best is not an accuracy and an epoch")
     require(all(isinstance(key, str) for key in config), "config has keys that are no text")
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        require(all(isinstance(v, str | int | float) for v in values), f"config has no plain value of {legible(key)}")
     for key in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS"):
         require(whole(config.get(key), 1), f"config has no {key}")
-    require(isinstance(config.get("TRAIN.OPTIMIZER.NAME"), str), "config has no TRAIN.OPTIMIZER.NAME")
+    name = config.get("TRAIN.OPTIMIZER.NAME")
+    require(isinstance(name, str) and name == legible(name), "config has no TRAIN.OPTIMIZER.NAME")
     section("optimizer")
-    scaler = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-    if section("scaler"):
-        require(all(number(content["scaler"].get(key)) for key in scaler), "scaler is not a loss scaler's state")
-    require(content.get("run") is None or isinstance(content["run"], str), "run is not a name")
+    if scaler := section("scaler"):
+        good = all(number(scaler.get(key)) and scaler[key] > 0 for key in ("scale", "growth_factor", "backoff_factor"))
+        for key in ("growth_interval", "_growth_tracker"):  # PyTorch counts them in 32 bits
+            good = good and whole(scaler.get(key)) and scaler[key] < 2**31
+        require(good, "scaler is not a loss scaler's state")
+    for key in ("run", "processes", "images"):
+        require(key in content, f"it has no {key}")
+    require(content["run"] is None or isinstance(content["run"], str), "run is not a name")
     for key in ("processes", "images"):
-        require(content.get(key) is None or whole(content[key], 1), f"{key} is not a number")
+        require(content[key] is None or whole(content[key], 1), f"{key} is not a number")
     for key in ("step", "skipped", "skipped_in_row"):
         require(whole(progress.get(key)), f"progress has no {key}")
     require(number(progress.get("seconds")), "progress has no seconds")
     require(isinstance(progress.get("trained"), bool), "progress does not say whether the epoch is trained")
     processes = content["processes"] or 1
-    for key, shape in (("losses", (processes, 2)), ("unreadable", (processes,)), ("buffers", (processes, -1))):
-        value = progress.get(key)
+    arrays = {
+        "losses": ((processes, 2), torch.float64),
+        "unreadable": ((processes,), torch.int64),
+        "buffers": ((processes, -1), torch.float64),
+    }
+    for key, (shape, dtype) in arrays.items():
+        require(key in progress, f"progress has no {key}")
+        value = progress[key]
         if key == "buffers" and value is None:
             continue
-        fits = is_plain(value) and value.ndim == len(shape)
+        fits = is_plain(value) and value.dtype == dtype and value.ndim == len(shape)
         fits = fits and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True))
-        require(fits and bool(value.isfinite().all()), f"progress has no {key} of {processes} processes")
+        # One number in memory can be shown as any number of them.
+        fits = fits and value.nbytes <= value.untyped_storage().nbytes() and bool(value.isfinite().all())
+        require(fits, f"progress has no {key} of {processes} processes")
+    require(bool((progress["unreadable"] >= 0).all()), "progress has a negative number of unreadable images")

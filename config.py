@@ -8,7 +8,9 @@ import ast
 import contextlib
 import difflib
 import itertools
+import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -185,9 +187,11 @@ RELEASED_KEYS = {
 DATASETS = ("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits")
 
 
-# A YAML file of a few lines can stand for billions of values (aliases of aliases).
-MOST_YAML_BYTES = 2**20
+# A YAML file of a few lines can stand for billions of values (aliases of aliases), and a few files for billions of
+# files (BASE: [a.yaml, a.yaml], and so on in a.yaml).
+MOST_YAML_BYTES = 2**17
 MOST_YAML_VALUES = 100_000
+MOST_YAML_FILES = 100
 
 
 class ConfigError(UserError):
@@ -268,7 +272,7 @@ def load_config(
     merge = _Merge()
     merge.file(Path(path), including=())
     if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of a key and a value; the last key {opts[-1]!r} has no value")
+        raise ConfigError(f"--opts takes pairs of a key and a value; the last key {_show(opts[-1])} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         merge.value(key, value, "--opts")
     for key, value, where in overrides:
@@ -285,6 +289,7 @@ class _Merge:
         self.config = get_default_config()
         self.origins: dict[str, str] = {}
         self.notes: list[str] = []
+        self.files = 0
 
     def file(self, path: Path, including: tuple[Path, ...]) -> None:
         """Merges a YAML file after the files in its `BASE`, which are relative to it."""
@@ -295,18 +300,23 @@ class _Merge:
         if resolved in including:
             chain = " -> ".join(str(p) for p in (*including, resolved))
             raise ConfigError(f"{path}: BASE goes in a circle: {chain}")
+        self.files += 1
+        if self.files > MOST_YAML_FILES:
+            raise ConfigError(f"{path}: BASE leads to more than {MOST_YAML_FILES} files")
         tree = read_yaml(path)
         bases = tree.pop("BASE", None) or []
         bases = [bases] if isinstance(bases, str) else bases
-        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-            raise ConfigError(f"{path}: BASE is {bases!r}; accepted: a file name or a list of file names")
+        if not isinstance(bases, list) or not all(
+            isinstance(b, str) and b.isprintable() and len(b) < 1000 for b in bases
+        ):
+            raise ConfigError(f"{path}: BASE is {_show(bases)}; accepted: a file name or a list of file names")
         for base in filter(None, bases):  # Swin's YAML files say BASE: [''] for none
             self.file(path.parent / base, (*including, resolved))
         self.tree(tree, (), str(path))
 
     def tree(self, tree: dict, prefix: tuple[str, ...], where: str) -> None:
         for name, value in tree.items():
-            path = (*prefix, str(name))
+            path = (*prefix, name if isinstance(name, str) else _show(name))
             node = find(self.config, path)
             if isinstance(node, CfgNode) and (isinstance(value, dict) or value is None):
                 self.tree(value or {}, path, where)
@@ -328,7 +338,8 @@ class _Merge:
             same_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
             nearest = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ConfigError(f"{where}: unknown key {key}{hint}")
+            shown = key if key.isprintable() and len(key) <= 200 else _show(key)
+            raise ConfigError(f"{where}: unknown key {shown}{hint}")
         if isinstance(default, CfgNode):
             raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(default)}")
         section, _, name = key.rpartition(".")
@@ -347,10 +358,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Refuses a key that is there twice, of which YAML loaders keep the last."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        keys = set()
+        for key in [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", node.start_mark)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -362,17 +374,23 @@ def read_yaml(path: Path) -> dict:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path}: a config must be a .yaml or .yml file; anything else (.py above all) is not read")
     try:
-        if path.stat().st_size > MOST_YAML_BYTES:
-            raise ConfigError(f"{path}: has {path.stat().st_size:,} bytes; accepted: {MOST_YAML_BYTES:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
+            raise ConfigError(f"{path}: cannot be read: not a file")
+        if status.st_size > MOST_YAML_BYTES:
+            raise ConfigError(f"{path}: has {status.st_size:,} bytes; accepted: {MOST_YAML_BYTES:,}")
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if node is not None and _size(node, {}) > MOST_YAML_VALUES:
             raise ConfigError(f"{path}: its aliases repeat each other into more than {MOST_YAML_VALUES:,} values")
         tree = None if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: text that is no UTF-8, month 13
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # text that is no UTF-8, month 13; what PyYAML raises on `!!bool maybe` can be anything
+        reason = " ".join((str(error) or type(error).__name__).split())[:500]
+        raise ConfigError(f"{path}: not valid YAML: {reason if reason.isprintable() else ascii(reason)}") from error
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; accepted: a mapping of config keys")
     return tree or {}
@@ -414,9 +432,9 @@ def coerce(value: Any, default: Any, where: str) -> Any:
     --opts gives, and `5e-4`, which YAML 1.1 takes for text."""
     kind = type(default)
     if kind is str:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
+        if isinstance(value, str | float) or (isinstance(value, int) and _is_count(value)):
             return str(value)
-        raise ConfigError(f"{where} is {value!r}; accepted: text")
+        raise ConfigError(f"{where} is {_show(value)}; accepted: text")
     if isinstance(value, str):
         try:
             words = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
@@ -427,7 +445,7 @@ def coerce(value: Any, default: Any, where: str) -> Any:
         literal = value
     if kind is bool and isinstance(literal, bool):
         return literal
-    if kind is int and isinstance(literal, int) and not isinstance(literal, bool):
+    if kind is int and isinstance(literal, int) and _is_count(literal):
         return literal
     if kind is float and isinstance(literal, int | float) and not isinstance(literal, bool):
         with contextlib.suppress(OverflowError):  # a whole number beyond all floats
@@ -435,14 +453,28 @@ def coerce(value: Any, default: Any, where: str) -> Any:
     if kind is list and isinstance(literal, list | tuple):
         return [coerce(item, default[0], f"{where}[{i}]") for i, item in enumerate(literal)]
     accepted = {bool: "True or False", int: "a whole number", float: "a number", list: "a list"}[kind]
-    raise ConfigError(f"{where} is {value!r}; accepted: {accepted}")
+    raise ConfigError(f"{where} is {_show(value)}; accepted: {accepted}")
+
+
+def _is_count(number: int) -> bool:
+    """Whether it has at most 64 bits: larger ones may not even be printed."""
+    return not isinstance(number, bool) and -(2**63) <= number < 2**63
+
+
+def _show(value: Any) -> str:
+    """A value for messages, on one line; the beginning of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints whole numbers of up to 4300 digits only
+        text = "a number too large to print"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def save_config(config: CfgNode, folder: Path) -> None:
     """Writes the config to `<folder>/config.yaml`, from which --cfg loads it back. A different one there is kept as
     `config_old<n>.yaml`."""
     path, text = folder / "config.yaml", config.dump()
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         free = next(old for n in itertools.count(1) if not (old := folder / f"config_old{n}.yaml").exists())
         path.rename(free)
     path.write_text(text, encoding="utf-8")
@@ -462,12 +494,24 @@ def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
 
 _POSITIVE = (lambda value: 0 < value < float("inf"), "more than 0")
 _FOLDER_NAME = (
-    lambda value: value not in ("", ".", "..") and not set(value) & set("/\\\0\n"),
+    lambda value: value not in ("", ".", "..") and not set(value) & set("/\\") and value.isprintable(),
     "a name for a folder, without slashes",
 )
 
+
+def _is_path(value: str) -> bool:
+    """Whether the system takes it."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+_PATH = (_is_path, "a path, or nothing")
+
 ACCEPTED = {
     "DATA.DATASET": _one_of(*DATASETS),
+    "DATA.DATA_PATH": _PATH,
     "DATA.BATCH_SIZE": _at_least(1),
     "DATA.IMG_SIZE": _at_least(1),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
@@ -476,6 +520,8 @@ ACCEPTED = {
     "DATA.NUM_WORKERS": _at_least(-1),
     "MODEL.TYPE": _one_of("strip_mlp_layer", "timm"),
     "MODEL.NAME": _FOLDER_NAME,
+    "MODEL.PRETRAINED": _PATH,
+    "MODEL.RESUME": _PATH,
     "MODEL.NUM_CLASSES": _at_least(0),
     "MODEL.DROP_PATH_RATE": (lambda value: 0 <= value < 1, "0 to less than 1"),
     "MODEL.LABEL_SMOOTHING": (lambda value: 0 <= value < 1, "0 to less than 1"),
@@ -518,13 +564,13 @@ ACCEPTED = {
     "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "AMP": _one_of("auto", "on", "off", "bfloat16", "float16"),
     "DEVICE": _one_of("auto", "cpu", "cuda"),
-    "OUTPUT": (lambda value: value != "", "a folder"),
+    "OUTPUT": (lambda value: value != "" and _is_path(value), "a folder"),
     "TAG": _FOLDER_NAME,
     "SAVE_FREQ": _at_least(1),
     "KEEP_CHECKPOINTS": _at_least(0),
     "SAVE_MINUTES": _at_least(0),
     "SAVE_STEPS": _at_least(0),
-    "TIMEOUT": _at_least(1),
+    "TIMEOUT": _within(1, 10**9),
     "PRINT_FREQ": _at_least(1),
     "SEED": _at_least(0),
 }
@@ -537,7 +583,7 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
     """
 
     def says(key: str) -> str:
-        return f"{origins.get(key, 'default')}: {key} is {find(config, key.split('.'))!r}"
+        return f"{origins.get(key, 'default')}: {key} is {_show(find(config, key.split('.')))}"
 
     for key, (accepts, accepted) in ACCEPTED.items():
         if not accepts(find(config, key.split("."))):

@@ -1,6 +1,9 @@
 """The process group: one process or many, whoever launched them, on CUDA (NCCL) or CPU (gloo)."""
 
 import os
+import re
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ class World:
     size: int
     device: torch.device
     host_group: dist.ProcessGroup | None = None  # for what is on the CPU; None: the default group
+    attempt: str = ""  # of several processes, a name for this start of the job
 
     @property
     def is_main(self) -> bool:
@@ -64,19 +68,44 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
     else:
         where = torch.device("cpu")
 
-    host_group = None
+    host_group, attempt = None, ""
     if size > 1:
         # torchrun keeps its store over restarts. Without a prefix for each (PyTorch 2.15 has none), a process may find
         # the addresses of those that were killed there, and fail or wait for them.
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-        store = dist.PrefixStore(f"restart{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        attempt = _agree_on_attempt(store, rank, size, timeout)
+        store = dist.PrefixStore(attempt, store)
         keys = {"store": store, "rank": rank, "world_size": size, "timeout": timeout}
         if where.type == "cuda":
             dist.init_process_group("nccl", **keys, device_id=where)
             host_group = dist.new_group(backend="gloo", timeout=timeout)
         else:
             dist.init_process_group("gloo", **keys)
-    return World(rank, local_rank, size, where, host_group)
+    return World(rank, local_rank, size, where, host_group, attempt)
+
+
+def _agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that rank 0 draws for this start of the job and tells the others, through a store in which earlier starts
+    left their keys. (torchrun's restart count is of each machine, not of the job.)
+
+    Raises:
+        UserError: a process does not come.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"attempt/{rank}", question)
+        attempt = store.get(f"attempt/{question}").decode()  # waits
+        store.set(f"attempt/{attempt}/{rank}", "")
+        return attempt
+    attempt, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    for other in range(1, size):
+        while not store.check([f"attempt/{attempt}/{other}"]):
+            if time.monotonic() > deadline:
+                raise UserError(f"rank {other} of {size} processes has not come within {timeout}")
+            if store.check([f"attempt/{other}"]):  # perhaps still the question of a process that was killed
+                store.set(f"attempt/{store.get(f'attempt/{other}').decode()}", attempt)
+            time.sleep(0.01)
+    return attempt
 
 
 def close_world(world: World) -> None:
@@ -138,10 +167,10 @@ def lost_processes_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises nothing more special
-        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+        found = re.search(r"connection (closed|reset|refused)[^.\n]*|broken pipe", str(error), re.IGNORECASE)
+        if found is None or not ("gloo/transport" in str(error) or isinstance(error, dist.DistError)):
             raise
-        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error).partition("\n")[0]
         raise UserError(
-            f"lost the connection to another process ({reason}), which has ended: its own message says why; the same "
+            f"lost the connection to another process ({found[0]}), which has ended: its own message says why; the same "
             "command goes on from the last checkpoint"
         ) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import resource
 import signal
 import sys
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from data import Sample
 from distributed import World, all_reduce_sum, sum_on_host
-from nonfinite import FiniteGuard, Step, poison, update_scaler
+from nonfinite import FiniteGuard, Statistics, Step, clip_gradients, poison, update_scaler
 from stopping import Stopped, StopRequest
 from training_state import TrainingState
 from utils import UserError, seed_all
@@ -119,7 +120,7 @@ def train_one_epoch(
     accumulation = config.TRAIN.ACCUMULATION_STEPS
     steps = steps_per_epoch(loader, accumulation)
     unreadable = UnreadableFiles(config, loader, logger, progress.unreadable)
-    guard = FiniteGuard(config, state, logger)
+    guard, statistics = FiniteGuard(config, state, logger), Statistics(state.model)
     check_every = steps_between_checks(config, world)
     progress.losses = progress.losses.to(world.device)
     if world.device.type == "cuda":
@@ -141,7 +142,7 @@ def train_one_epoch(
         stop, save, failures, unreadable_files = sum_on_host(
             [
                 between_steps and control.request.signal is not None,
-                between_steps and world.is_main and control.save_due(step),
+                between_steps and i > first and world.is_main and control.save_due(step),
                 failure is not None,
                 unreadable.count,
             ],
@@ -152,7 +153,7 @@ def train_one_epoch(
             progress.seconds = seconds_before + time.perf_counter() - started
             if failures or unreadable.too_many(unreadable_files):
                 # Passes of a step that will not be must leave nothing.
-                guard.restore_buffers()
+                statistics.restore()
                 optimizer.zero_grad(set_to_none=True)
                 raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
             if stop:
@@ -185,16 +186,16 @@ def train_one_epoch(
 
         scheduler.step_update(epoch * steps + step)
         lr = optimizer.param_groups[0]["lr"]
+        grad_norm = clip_gradients(parameters, config.TRAIN.CLIP_GRAD, scaler)
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if config.TRAIN.CLIP_GRAD:
-            nn.utils.clip_grads_with_norm_(parameters, config.TRAIN.CLIP_GRAD, grad_norm)
         scaler.step(optimizer)  # not if a gradient is not finite
         update_scaler(scaler, state.amp)
         optimizer.zero_grad(set_to_none=True)
 
-        of_step = torch.stack([torch.stack(losses).double().sum(), progress.losses.new_tensor(float(passes))])
-        progress.losses = progress.losses + of_step.where(grad_norm.isfinite(), 0)
+        finite = grad_norm.isfinite()
+        statistics.keep_if(finite)
+        sums = torch.stack([torch.stack(losses).double().sum(), torch.full_like(progress.losses[1], passes)])
+        progress.losses = progress.losses + sums.masked_fill(~finite, 0)
         progress.step, progress.unreadable = step + 1, unreadable.count
         guard.note(Step(step, lr, losses, grad_norm, samples))
         is_logged = (step + 1) % config.PRINT_FREQ == 0 or step + 1 == steps
@@ -280,7 +281,8 @@ def evaluate(
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         # NaN sorts as the largest number: a broken model must not score.
         hits &= (readable & logits.isfinite().all(dim=1))[:, None]
-        batch_totals = (torch.ones_like(losses), readable, losses.where(readable, 0), hits[:, 0], hits.any(dim=1))
+        losses = losses.masked_fill(~readable, 0)
+        batch_totals = (torch.ones_like(losses), readable, losses, hits[:, 0], hits.any(dim=1))
         totals += torch.stack([values.double().sum() for values in batch_totals])
     control.watchdog.at(epoch, 2, doing="waiting for the other processes after the evaluation")
     stop, failures, unreadable_files = sum_on_host(
@@ -358,13 +360,13 @@ class UnreadableFiles:
 
 def iterate(loader: DataLoader, title: str, world: World, first: int = 0) -> Iterator[Sample]:
     """The loader's batches, with a bar on rank 0 where a person is watching; the bar begins at batch `first`."""
-    batches = iter(loader)
+    batches = iter(loader)  # at the first batch, where a failure is agreed on
     if threading.current_thread() is threading.main_thread():
         # PyTorch's handler for the death of a loader process raises wherever the program is, in the middle of an
         # optimizer step for one. Without it the loader notices too, within 5 seconds of waiting for a batch.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     bar = {"desc": title, "total": len(loader), "initial": first, "leave": False, "dynamic_ncols": True}
-    return iter(tqdm(batches, **bar, disable=not (world.is_main and sys.stdout.isatty()), file=sys.stdout))
+    yield from tqdm(batches, **bar, disable=not (world.is_main and sys.stdout.isatty()), file=sys.stdout)
 
 
 def next_batch(batches: Iterator[Sample]) -> tuple[Sample | None, Exception | None]:
@@ -372,7 +374,8 @@ def next_batch(batches: Iterator[Sample]) -> tuple[Sample | None, Exception | No
     try:
         return next(batches), None
     except Exception as error:  # whatever it is, the other processes must hear of it; it is raised by the caller
-        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        # Not "Caught ... in DataLoader worker process": that one has raised something and lives.
+        if re.search(r"DataLoader worker \(pid|Pin memory thread", str(error)):
             return None, UserError(
                 f"a loader process has died ({str(error).splitlines()[0]}); often because memory ran out: a smaller "
                 "DATA.NUM_WORKERS takes less"

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ class MetricsLog:
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if self._epoch(line) <= done]
             if len(kept) < len(lines):
                 dropped = len(lines) - len(kept)
@@ -106,7 +107,7 @@ class MetricsLog:
     def _epoch(self, line: str) -> float:
         try:
             return json.loads(line)["epoch"]
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             return float("inf")  # cut off in the middle
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -114,6 +115,8 @@ class MetricsLog:
         metrics = json_numbers(metrics)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as the checkpoint that follows is
         for name, value in metrics.items():
             if name != "epoch" and value is not None:
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])

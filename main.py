@@ -56,22 +56,27 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, notes = get_config(args)
-    status = 0
-    with lost_processes_named():
-        # The watchdog, which can say what is wrong, comes before the process group.
-        world = init_world(config.DEVICE, args.local_rank, max(TIMEOUT, 2 * timedelta(seconds=config.TIMEOUT)))
-        if args.eval or args.throughput:
+    # The watchdog, which can say what is wrong, comes before the process group.
+    timeout = max(TIMEOUT, 2 * timedelta(seconds=config.TIMEOUT))
+    if args.eval or args.throughput:
+        world = init_world(config.DEVICE, args.local_rank, timeout)
+        with lost_processes_named():
             main_eval.run(config, notes, world, args.resume or args.pretrained, args.throughput)
-        else:
+        close_world(world)
+        return
+    with StopRequest() as request:
+        world = init_world(config.DEVICE, args.local_rank, timeout)
+        status = 0
+        with lost_processes_named():
             try:
-                train(config, notes, world)
+                train(config, notes, world, request)
             except Stopped:
                 status = stopping.EXIT_STATUS
         close_world(world)
     sys.exit(status)
 
 
-def train(config, notes: list[str], world: World) -> None:
+def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     """Raises Stopped when a signal has ended the run, which is saved."""
     # -----------------------------------------------------------------------------------------------------------------
     # Data and model: nothing is written before all that the run needs is there
@@ -102,7 +107,7 @@ def train(config, notes: list[str], world: World) -> None:
             logger = create_logger("train", world.rank, folder.path)
         log_start(config, notes + folder.notes, model, world, logger)
         try:
-            fit(config, model, train_loader, eval_loader, mixup, folder, world, logger)
+            fit(config, model, train_loader, eval_loader, mixup, folder, world, logger, request)
         except UserError as error:
             logger.error(str(error), extra=FILE_ONLY)  # the console gets it from run_entry_point
             raise
@@ -117,6 +122,7 @@ def fit(
     folder: RunFolder,
     world: World,
     logger: Logger,
+    request: StopRequest,
 ) -> None:
     """Trains the model from wherever the run in `folder` is to TRAIN.EPOCHS, evaluating and saving after each epoch."""
     # -----------------------------------------------------------------------------------------------------------------
@@ -196,12 +202,20 @@ def fit(
     # -----------------------------------------------------------------------------------------------------------------
     def save(*names: str) -> None:
         content = state.capture(config, images, world)
-        if world.is_main:
-            folder.save(content, names)
+        failure = None
+        try:
+            if world.is_main:
+                folder.save(content, names)
+        except UserError as error:
+            failure = error
+        # All wait: a launcher ends the others as soon as one has ended, and all must know if it failed.
+        if message := from_main(failure and str(failure), world):
+            raise failure or UserError(f"the main process cannot write the checkpoint: {message}")
 
     with writing_to(folder.path):
         metrics_log = MetricsLog(folder.path, state.epoch, logger) if world.is_main else None
-    with StopRequest() as request, Watchdog(world, config.TIMEOUT, logger) as watchdog:
+    request.deferred = True
+    with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due, save)
         while state.epoch < config.TRAIN.EPOCHS:
             try:
@@ -214,6 +228,7 @@ def fit(
                 metrics |= evaluate(config, model, eval_loader, world, logger, control, state.epoch)
             except (Stopped, LoadingFailed) as reason:
                 watchdog.at(state.epoch, 3, doing="writing the last checkpoint")
+                request.saving = True
                 save()
                 logger.info(
                     f"stopped in epoch {state.epoch + 1} after {state.progress.step} of {steps} steps, saved in "

@@ -37,10 +37,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config, notes = get_config(args)
+    world = init_world(config.DEVICE, args.local_rank)
     with lost_processes_named():
-        world = init_world(config.DEVICE, args.local_rank)
         run(config, notes, world, args.resume or args.pretrained, args.throughput, args.json)
-        close_world(world)
+    close_world(world)
 
 
 def run(

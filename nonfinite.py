@@ -38,8 +38,55 @@ def poison(loss: Tensor) -> Tensor:
 
 def training_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What forward passes change (running statistics): the entries of the state dict that are no parameters."""
-    parameters = {name for name, _ in model.named_parameters()}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, scaler: torch.amp.GradScaler) -> Tensor:
+    """Clips the gradients, still scaled, by their global norm, and makes all of them NaN if that is not finite: so what
+    the scaler skips is what the norm says.
+
+    Args:
+        max_norm: 0 for no clipping.
+
+    Returns:
+        The norm without the scale, a scalar; NaN if it is not finite.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    norm = norm / scaler.scale(torch.ones_like(norm))
+    norm = norm.masked_fill(~norm.isfinite(), float("nan"))
+    # Clipping multiplies by a quotient of norms, whatever the scale.
+    nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
+    return norm
+
+
+class Statistics:
+    """Keeps a model's running statistics as they were after the last finite step, without waiting for the device."""
+
+    def __init__(self, model: nn.Module):
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for value in training_buffers(model).values():
+            by_dtype.setdefault(value.dtype, []).append(value)
+        self._groups = list(by_dtype.values())
+        self._kept = [self._flat(group) for group in self._groups]
+
+    @staticmethod
+    def _flat(group: list[Tensor]) -> Tensor:
+        return torch.cat([value.flatten() for value in group])
+
+    def keep_if(self, finite: Tensor) -> None:
+        """Keeps those of now if the step was `finite` (a bool scalar), else puts the kept ones back."""
+        self._kept = [
+            torch.where(finite, self._flat(group), kept) for group, kept in zip(self._groups, self._kept, strict=True)
+        ]
+        self.restore()
+
+    def restore(self) -> None:
+        for group, kept in zip(self._groups, self._kept, strict=True):
+            parts = kept.split([value.numel() for value in group])
+            parts = [part.view_as(value) for part, value in zip(parts, group, strict=True)]
+            torch._foreach_copy_(group, parts)
 
 
 @dataclass
@@ -49,32 +96,22 @@ class Step:
     number: int  # in the epoch, from 0
     lr: float
     losses: list[Tensor]  # of its passes, scalars
-    grad_norm: Tensor  # scalar
+    grad_norm: Tensor  # scalar, NaN if the step was skipped
     samples: list[Tensor]  # of its passes, (N,): indices into the training data
 
 
 class FiniteGuard:
-    """Follows whether steps were finite, over one epoch.
-
-    The optimizer has skipped a step that was not (GradScaler); the guard counts it in `state.progress` and undoes what
-    is left of it, running statistics that became NaN in the forward pass.
-    """
+    """Counts the steps that were not finite, over one epoch, in `state.progress`; names them, and ends a run in which
+    too many follow each other."""
 
     def __init__(self, config, state, logger: Logger):
         self.progress, self.epoch, self.logger = state.progress, state.epoch, logger
         self.most_in_row = config.TRAIN.MAX_SKIPPED_STEPS
         self.precision = str(state.amp or torch.float32).removeprefix("torch.")
         self._pending: list[Step] = []
-        self._buffers = list(training_buffers(state.model).values())
-        self._kept = [buffer.clone() for buffer in self._buffers]
 
     def note(self, step: Step) -> None:
         self._pending.append(step)
-
-    def restore_buffers(self) -> None:
-        """Puts the running statistics back to what they were at the last `check` that found all finite."""
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(kept)
 
     def check(self) -> None:
         """Waits for the device and looks at the steps since the last call.
@@ -93,11 +130,6 @@ class FiniteGuard:
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
             self._tell(step, norm)
-        source, target = self._buffers, self._kept
-        if not all(map(math.isfinite, norms)):
-            source, target = target, source
-        for one, other in zip(source, target, strict=True):
-            other.copy_(one)
 
     def _tell(self, step: Step, norm: float) -> None:
         losses = [loss.item() for loss in step.losses]
@@ -109,7 +141,7 @@ class FiniteGuard:
             raise NonFiniteError(
                 f"{where}: {numbers}; it is step {self.progress.skipped_in_row} in a row that is not finite, accepted: "
                 f"TRAIN.MAX_SKIPPED_STEPS {self.most_in_row}. Training stopped; none of these steps changed the "
-                "weights, and the last checkpoint is from before; a lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or --amp "
+                "weights, or the last checkpoint; a lower TRAIN.BASE_LR or TRAIN.CLIP_GRAD, or --amp "
                 f"off, may help. Samples of this process's batch: {samples}"
             )
         if self.progress.skipped > MOST_NAMED_STEPS:

@@ -1,11 +1,14 @@
 """AdamW or SGD with the released recipe's two groups of parameters."""
 
-import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from checkpoint import is_plain
+from checkpoint import LARGEST, is_plain
+
+# By optimizer: what it remembers of every parameter, in the parameter's shape.
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
 def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -18,7 +21,13 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     fused = next(model.parameters()).is_cuda
     if keys.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=fused)
-    return torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=fused)
+    if keys.MOMENTUM:
+        # Made at the first step otherwise; the fused kernel leaves it uninitialised if that step is skipped.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -30,14 +39,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """
     _check_optimizer_state(optimizer, state)
     groups = [
-        {**saved, **{key: value for key, value in group.items() if key != "params"}}
+        {**group, "params": saved["params"]}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    kept = {}
+    for number, values in state["state"].items():
+        step = {"step": torch.tensor(float(values["step"]))} if "step" in values else {}
+        kept[number] = step | {name: values[name] for name in MOMENTS[type(optimizer)] if name in values}
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
 
 def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """load_state_dict takes any moments, and the first step then fails, or broadcasts them."""
+    """load_state_dict takes any moments, and the first step then fails, or broadcasts them, or gives no numbers."""
     saved = state.get("param_groups")
     if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
         raise ValueError("no optimizer state: param_groups is not a list of groups")
@@ -47,20 +60,40 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> Non
     numbers = [number for group in saved for number in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = state.get("state")
-    if not isinstance(moments, dict) or numbers != list(range(len(parameters))) or not set(moments) <= set(numbers):
+    whole = isinstance(moments, dict) and all(type(number) is int for number in (*numbers, *moments))
+    if not whole or numbers != list(range(len(parameters))) or not set(moments) <= set(numbers):
         raise ValueError("no optimizer state: its parameters are not numbered in order")
     for number, values in moments.items():
         if not isinstance(values, dict):
             raise ValueError(f"the optimizer state of parameter {number} is not a dictionary")
-        for name, value in values.items():
-            if value is None or (isinstance(value, int | float) and math.isfinite(value)):
-                continue
-            shape = parameters[number].shape
-            if not is_plain(value) or value.shape not in ((), shape) or not bool(value.isfinite().all()):
+        if not values:
+            continue  # a parameter that had no gradient yet
+        adam = isinstance(optimizer, torch.optim.AdamW)
+        if adam and not _is_step(values.get("step")):
+            raise ValueError(f"its optimizer state has no number of steps of parameter {number}")
+        for name in MOMENTS[type(optimizer)]:
+            value, parameter = values.get(name), parameters[number]
+            if value is None and not adam:
+                continue  # without momentum
+            if not _is_moment(value, parameter) or (name == "exp_avg_sq" and bool((value < 0).any())):
                 raise ValueError(
-                    f"its optimizer state has as {str(name)[:40]} of parameter {number} no tensor of finite numbers of "
-                    f"shape {tuple(shape)}"
+                    f"its optimizer state has as {name} of parameter {number} no tensor of finite numbers of "
+                    f"shape {tuple(parameter.shape)}"
                 )
+
+
+def _is_step(value: Any) -> bool:
+    number = value.item() if is_plain(value) and value.ndim == 0 else value
+    return isinstance(number, int | float) and 0 <= number < LARGEST
+
+
+def _is_moment(value: Any, parameter: torch.Tensor) -> bool:
+    """Whether it can be a moment of the parameter: finite in its precision, and each number in a place of its own, for
+    the optimizer writes into it."""
+    if not is_plain(value) or value.shape != parameter.shape:
+        return False
+    shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+    return not shared and all(bool(x.isfinite().all()) for x in (value, value.to(parameter.dtype)))
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:

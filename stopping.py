@@ -1,7 +1,9 @@
 """Stopping on request: the signals that people and schedulers send, noted and answered at the end of a step."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -18,36 +20,64 @@ class Stopped(Exception):
 
 class StopRequest:
     """Inside `with`, notes SIGTERM, SIGINT and SIGUSR1 instead of letting them end the process; a second one ends it at
-    once with status 128 + its number. To be used in the main thread.
+    once with status 128 + its number, also where Python's main thread is stuck. To be used in the main thread.
 
     Attributes:
         signal: name of the signal that came; None as long as none has.
+        deferred: False at first, while there is nothing to save: a signal then ends the process at once, with
+            EXIT_STATUS.
+        saving: True while the last checkpoint is being written: a launcher whose other processes have ended sends
+            signals that are no second request.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._since = 0.0
-        self._process = os.getpid()
+        self.deferred = self.saving = False
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # A shell starts background jobs deaf to Ctrl-C, and so they should stay.
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
+        # Handlers in Python run only when the main thread comes back from what it is in, such as waiting for a process
+        # that is no more. The numbers of signals, however, are written here at once.
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._writing)  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a child forked with this handler: its parent decides
-            return
-        name = signal.Signals(number).name
-        if self.signal is None:
-            self.signal, self._since = name, time.monotonic()
-            # Not through logging, whose lock the code that was interrupted may hold.
-            os.write(2, f"{name}: stopping after this step; a second signal exits at once\n".encode())
-        elif time.monotonic() - self._since >= SAME_REQUEST:
-            os.write(2, f"{name}: a second signal, exiting without saving\n".encode())
-            os._exit(128 + number)
+        self.signal = self.signal or signal.Signals(number).name
+
+    def _listen(self, reading: int) -> None:
+        first = None
+        with open(reading, "rb", buffering=0) as pipe:
+            while received := pipe.read(1):
+                number = received[0]
+                if number not in self._before:
+                    continue
+                name = signal.Signals(number).name
+                if not self.deferred:
+                    _say(f"{name}: stopped before training began; the same command starts again")
+                    os._exit(EXIT_STATUS)
+                if first is None:
+                    first = time.monotonic()
+                    _say(f"{name}: stopping after this step; a second signal exits at once")
+                elif not self.saving and time.monotonic() - first >= SAME_REQUEST:
+                    _say(f"{name}: a second signal, exiting without saving")
+                    os._exit(128 + number)
+
+
+def _say(message: str) -> None:
+    # Not through logging, whose lock a main thread that is stuck may hold; and stderr may be gone (`| tee` and Ctrl-C).
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
 
 
 def ignore_signals(*_) -> None:
@@ -55,3 +85,4 @@ def ignore_signals(*_) -> None:
     batches the step that is being finished still needs."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the pipe that it shares with its parent

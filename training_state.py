@@ -70,8 +70,9 @@ class TrainingState:
         if world.distributed and progress.step > 0 and not progress.trained:
             # Inside an epoch each process has running statistics of its own; whoever evaluates this gets the mean.
             mine = training_buffers(self.model)
-            buffers = gather_rows(torch.cat([value.flatten().double() for value in mine.values()]), world)
-            model = {**model, **_split(buffers.mean(dim=0), mine)}
+            if mine:
+                buffers = gather_rows(torch.cat([value.flatten().double() for value in mine.values()]), world)
+                model = {**model, **_split(buffers.mean(dim=0), mine)}
         return {
             "format": FORMAT,
             "run": self.run,
@@ -130,7 +131,10 @@ class TrainingState:
                 if saved["buffers"].shape[1] != elements:
                     found = saved["buffers"].shape[1]
                     raise CheckpointError(f"{path}: has {found} running statistics, but the model {elements}")
-                for name, value in _split(saved["buffers"][world.rank], mine).items():
+                statistics = _split(saved["buffers"][world.rank], mine)
+                for name, value in statistics.items():
+                    if not value.isfinite().all():  # in the model's precision
+                        raise CheckpointError(f"{path}: the running statistics {name} are not finite numbers")
                     mine[name].copy_(value)
         elif world.is_main:
             progress.losses = saved["losses"].sum(dim=0)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ def run_entry_point(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         # Loader processes are deaf to the SIGTERM with which Python ends those of an error that still holds them.
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if children:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise about each of them
+        for child in children:
             child.kill()
 
 

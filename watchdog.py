@@ -1,5 +1,6 @@
 """A thread that notices when training no longer advances, and says which process hangs and where."""
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -59,15 +60,19 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._since = time.monotonic()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self.world.distributed:
             self._peers = [Peer(f"rank {rank}") for rank in range(self.world.size)]
             # On its own, because the store may hang: without torchrun it is in rank 0's process.
-            threading.Thread(target=self._talk, name="watchdog's store", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._talk, name="watchdog's store", daemon=True))
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *exception) -> None:
         self._ended.set()
+        for thread in self._threads:
+            thread.join(timeout=1)
 
     def at(self, *position: int, doing: str) -> None:
         """Says that this process has come to `position`, where it is `doing` something that may take a while."""
@@ -77,16 +82,31 @@ class Watchdog:
         return time.monotonic() - self._since
 
     def _watch(self) -> None:
+        waited, since, looked = 0.0, self._since, time.monotonic()
         while not self._ended.wait(self.interval):
-            if self._idle() > self.seconds:
-                self.logger.error(
-                    f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}; this process exits, the "
-                    "same command goes on from the last checkpoint"
-                )
-                faulthandler.dump_traceback()
-                for child in multiprocessing.active_children():
-                    child.kill()
-                os._exit(1)
+            now = time.monotonic()
+            if self._since != since:
+                waited, since = 0.0, self._since
+            # A process that was stopped and goes on (Ctrl-Z and fg) has not waited all that time.
+            waited += min(now - looked, 2 * self.interval)
+            looked = now
+            if waited > self.seconds:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Says why, and ends this process whatever happens: the console may be what hangs."""
+        try:
+            with contextlib.suppress(Exception):  # no stderr
+                faulthandler.dump_traceback_later(20, exit=True)
+            self.logger.error(
+                f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}; this process exits, the same "
+                "command goes on from the last checkpoint"
+            )
+            for child in multiprocessing.active_children():
+                child.kill()
+            faulthandler.dump_traceback()
+        finally:
+            os._exit(1)
 
     def _talk(self) -> None:
         """Tells the other processes where this one is; listens to them once it may have to judge."""
@@ -95,8 +115,7 @@ class Watchdog:
         pulse = 0
         try:
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-            # torchrun keeps its store over restarts.
-            store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.PrefixStore(f"{self.world.attempt}/watchdog", store)
             while not self._ended.is_set():
                 pulse += 1
                 content = [pulse, *self._mark, f"process {os.getpid()} on {socket.gethostname()}"]

@@ -4,25 +4,22 @@ import io
 import os
 import stat
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError
 
-# What zipfile raises on archives that are damaged, of a kind it does not know (NotImplementedError) or encrypted
-# (RuntimeError).
-UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-
-
 # No honest image is larger; a file or zip member that claims to be is not read into memory.
 MOST_FILE_BYTES = 2**28
+# Labels in a zip file's listing stand for as many classes.
+MOST_CLASSES = 1_000_000
+# What files named as images may be. Pillow tells by their content, and would run Ghostscript on PostScript.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
 class UnreadableImage(OSError):
@@ -86,7 +83,7 @@ class FileSource(Source):
         if encoded is None:
             encoded = self.read(index)
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
+            with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
                 if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
@@ -95,7 +92,7 @@ class FileSource(Source):
 
 
 class FolderSource(FileSource):
-    """One folder per class, in alphabetical order (torchvision's ImageFolder).
+    """One folder per class, in alphabetical order: the samples of torchvision's ImageFolder in its order.
 
     Raises:
         DataError: no such folder, no class folders, a class folder without images, or one that links lead to twice.
@@ -105,32 +102,28 @@ class FolderSource(FileSource):
         super().__init__()
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
-        try:
-            listing = ImageFolder(str(root))
-        except FileNotFoundError as error:
-            empty = [d.name for d in sorted(root.iterdir()) if d.is_dir() and not _has_images(d)]
-            if not empty:
-                raise DataError(f"{root}: has no class folders; accepted: one folder of images per class") from error
+        self.classes = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
+        if not self.classes:
+            raise DataError(f"{root}: has no class folders; accepted: one folder of images per class")
+        self.targets, self._paths = [], []
+        found = {os.path.realpath(root): str(root)}
+        for label, name in enumerate(self.classes):
+            for folder, files in sorted(_walk(os.path.join(root, name), found)):
+                images = [os.path.join(folder, file) for file in sorted(files) if _is_image(file)]
+                self._paths += images
+                self.targets += [label] * len(images)
+        empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
+        if empty:
             raise DataError(
                 f"{root}: no images in {_shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
-            ) from error
-        self.classes = listing.classes
-        self.targets = listing.targets
-        self._paths = [path for path, _ in listing.samples]
-        # Links are followed, also those that lead back.
-        found: dict[str, str] = {}
-        for folder in dict.fromkeys(os.path.dirname(path) for path in self._paths):
-            other = found.setdefault(os.path.realpath(folder), folder)
-            if other != folder:
-                both = f"{printable(other)} and {printable(folder)}"
-                raise DataError(f"{both} are the same folder through links: its images would count twice")
+            )
 
     def read(self, index: int) -> bytes:
         path = self._paths[index]
         status = os.stat(path)
         # A pipe would block, a device never end.
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE_BYTES:
-            raise UnreadableImage(f"{path}: no regular file of at most {MOST_FILE_BYTES} bytes")
+            raise UnreadableImage(f"{self.name(index)}: no regular file of at most {MOST_FILE_BYTES} bytes")
         with open(path, "rb") as file:
             return file.read()
 
@@ -160,8 +153,8 @@ class ZipSource(FileSource):
             raise DataError(f"{listing}: not UTF-8 text: {error}") from error
         for number, line in enumerate(lines, 1):
             member, _, label = line.rpartition("\t")
-            if not member or not label.isdecimal():
-                raise DataError(f"{listing}, line {number}: {line!r}; accepted: path, tab, label (0, 1, 2, ...)")
+            if not member or not label.isdecimal() or len(label) > 18 or int(label) >= MOST_CLASSES:
+                raise DataError(f"{listing}, line {number}: {line[:200]!r}; accepted: path, tab, label (0, 1, 2, ...)")
             self._members.append(member)
             self.targets.append(int(label))
         if not self.targets:
@@ -169,8 +162,8 @@ class ZipSource(FileSource):
         try:
             with zipfile.ZipFile(archive) as file:
                 missing = sorted(set(self._members) - set(file.namelist()))
-        except UNREADABLE_ZIP as error:
-            raise DataError(f"{archive}: not a zip file, or damaged: {error}") from error
+        except Exception as error:  # what zipfile raises on damaged and hostile archives can be anything
+            raise DataError(f"{archive}: not a zip file, or damaged: {printable(str(error))}") from error
         if missing:
             raise DataError(f"{archive}: lacks {_shorten(missing)}, which {listing.name} lists")
         self.classes = [str(label) for label in range(max(self.targets) + 1)]
@@ -182,10 +175,14 @@ class ZipSource(FileSource):
                 self._zip, self._opened_by = zipfile.ZipFile(self._archive), os.getpid()
             member = self._zip.getinfo(self._members[index])
             if member.file_size > MOST_FILE_BYTES:
-                raise UnreadableImage(f"{member.filename}: larger than {MOST_FILE_BYTES} bytes")
-            return self._zip.read(member)
-        except UNREADABLE_ZIP as error:
-            raise UnreadableImage(str(error)) from error
+                raise UnreadableImage(f"{self.name(index)}: larger than {MOST_FILE_BYTES} bytes")
+            # Of bzip2 and LZMA, Python decompresses more than it is asked for.
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UnreadableImage(f"{self.name(index)}: neither stored nor deflated")
+            with self._zip.open(member) as file:
+                return file.read(member.file_size)  # without a size, all that it decompresses to is made first
+        except Exception as error:  # damaged, encrypted, of a kind that zipfile does not know, changed since
+            raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
         return printable(f"{self._archive}:{self._members[index]}")
@@ -219,8 +216,28 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
-def _has_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
+def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """The folders below `top`, and itself, with the names of their files; links are followed.
+
+    Args:
+        found: the folders met so far by their real paths; added to.
+
+    Raises:
+        DataError: a link leads to one of them, or to one around it, where there would be no end.
+    """
+    for folder, _, files in os.walk(top, followlinks=True):
+        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        other = found.setdefault(real, folder)
+        if other != folder:
+            both = f"{printable(other)} and {printable(folder)}"
+            raise DataError(f"{both} are the same folder through links: its images would count twice")
+        if os.path.commonpath([real, outer]) == real:
+            raise DataError(f"{printable(folder)} is a link to a folder that contains it")
+        yield folder, files
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def _shorten(names: Sequence[str], most: int = 5) -> str:

@@ -7,7 +7,9 @@ import logging
 import math
 import random
 import re
+import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -468,7 +470,38 @@ def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):
         with stop:
             train(config, model, batches(images, targets), log=log)
         assert len(log.of("INFO")) == logged or most == 2
-        assert all(value.isfinite().all() for value in model.state_dict().values()) or most == 2
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_finite_gradients_whose_norm_overflows(clip):
+    """The norm decides: the step is skipped if it is said to be."""
+    images, targets = noise(8)
+    images[4:] = 1e25
+    state = training_state(config_with(TRAIN__OPTIMIZER__NAME="adamw"), linear())
+    config = config_with(TRAIN__OPTIMIZER__NAME="adamw", TRAIN__CLIP_GRAD=clip)
+    model = state.model
+    metrics, _ = train(config, model, batches(images, targets), state=state)
+    assert metrics["skipped_steps"] == 1
+    (moments,) = {float(values["step"]) for values in state.optimizer.state.values()}
+    assert moments == 1
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_momentum_after_a_first_step_that_was_skipped(fused):
+    images, targets = noise(12)
+    infinite = torch.cat([images[:4] * float("inf"), images[4:]])
+    found = []
+    for data, some in ((infinite, targets), (images[4:], targets[4:])):
+        config = config_with(TRAIN__OPTIMIZER__MOMENTUM=0.9)
+        model = linear()
+        optimizer = build_optimizer(config, model, LR)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        train(config, model, batches(data, some), optimizer=optimizer)
+        found.append(weights(model))
+    torch.testing.assert_close(found[0], found[1])
 
 
 # Where an epoch may be left, and gone on with
@@ -826,13 +859,14 @@ def launched(monkeypatch):
     """Sets what a launcher puts into the environment, on a machine with some number of GPUs."""
 
     def launched(gpus=0, **environment):
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", lambda index: devices.append(index))
         monkeypatch.setattr(distributed.dist, "rendezvous", lambda url, timeout: iter([("store", 0, 1)]))
+        monkeypatch.setattr(distributed, "_agree_on_attempt", lambda *args: "attempt")
         monkeypatch.setattr(distributed.dist, "PrefixStore", lambda prefix, store: (prefix, store))
         monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: f"{backend} group")
         monkeypatch.setattr(
@@ -844,7 +878,7 @@ def launched(monkeypatch):
     return launched
 
 
-JOINED = {"store": ("restart0", "store"), "rank": 5, "world_size": 8}
+JOINED = {"store": ("attempt", "store"), "rank": 5, "world_size": 8}
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
@@ -862,7 +896,7 @@ def test_world_of_one_process(launched, device):
 def test_world_of_several_processes_on_the_cpu(launched):
     _, groups = launched(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
     found = init_world("auto")
-    assert found == World(5, 1, 8, CPU)
+    assert found == World(5, 1, 8, CPU, None, "attempt")
     assert not found.is_main
     assert groups == [(("gloo",), {**JOINED, "timeout": TIMEOUT})]
 
@@ -870,16 +904,36 @@ def test_world_of_several_processes_on_the_cpu(launched):
 def test_world_of_several_processes_on_gpus(launched):
     devices, groups = launched(gpus=4, RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
     found = init_world("auto")
-    assert found == World(5, 1, 8, torch.device("cuda", 1), "gloo group")
+    assert found == World(5, 1, 8, torch.device("cuda", 1), "gloo group", "attempt")
     assert devices == [1]
     assert groups == [(("nccl",), {**JOINED, "timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
 
 
-def test_each_restart_of_torchrun_has_its_own_part_of_the_store(launched):
-    """Otherwise processes may find the addresses of those that were killed."""
-    _, groups = launched(RANK=0, WORLD_SIZE=2, TORCHELASTIC_RESTART_COUNT=3)
-    init_world("auto")
-    assert groups[0][1]["store"] == ("restart3", "store")
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_agree_on_a_name_for_each_start(processes):
+    """In a store that keeps what earlier starts have left, in whatever order they come."""
+    store, names = torch.distributed.HashStore(), []
+    for start in range(3):
+        found, order = {}, list(range(processes))
+        random.Random(start).shuffle(order)
+
+        def join(rank, found=found):
+            found[rank] = distributed._agree_on_attempt(store, rank, processes, timedelta(seconds=30))
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.01)
+        for thread in threads:
+            thread.join()
+        assert len(found) == processes
+        names += set(found.values())
+    assert len(names) == len(set(names)) == 3
+
+
+def test_process_that_does_not_come():
+    with pytest.raises(UserError, match="rank 1 of 3 processes has not come"):
+        distributed._agree_on_attempt(torch.distributed.HashStore(), 0, 3, timedelta(seconds=0.1))
 
 
 @pytest.mark.parametrize(("environment", "expected"), [({}, 2), ({"LOCAL_RANK": 1}, 1)])

@@ -187,6 +187,69 @@ def test_two_processes_of_which_one_gets_the_signal(tmp_path):
         assert "saved in" in runs[0].stdout
 
 
+def test_second_signal_to_a_process_that_waits_for_another(tmp_path):
+    """Python's own handlers would not run before the wait is over."""
+    runs = start(2, *command(tmp_path, "--batch-size", 32))
+    runs[0].wait_for("epoch 1/2 step 3")
+    runs[1].kill(signal.SIGSTOP)
+    try:
+        time.sleep(0.3)
+        runs[0].kill(signal.SIGTERM)
+        runs[0].wait_for("SIGTERM: stopping after this step")
+        time.sleep(1.2)
+        runs[0].kill(signal.SIGTERM)
+        assert runs[0].wait(10) == 128 + signal.SIGTERM
+    finally:
+        runs[1].kill(signal.SIGKILL)
+
+
+def test_signal_before_training_begins(tmp_path):
+    run = Run(*command(tmp_path))
+    run.wait_for("config:")
+    run.kill(signal.SIGUSR1)
+    assert run.wait(30) == 75
+    assert "stopped before training began" in run.stderr or "saved in" in run.stdout
+
+
+def test_ctrl_c_where_the_console_goes_away_with_it(tmp_path):
+    """As in `python main.py ... 2>&1 | tee log`."""
+    reading, writing = os.pipe()
+    log = tmp_path / FOLDER / "log_rank0.txt"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command(tmp_path))],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=writing,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(writing)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "epoch 1/2 step 3" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.close(reading)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 75
+    finally:
+        process.kill()
+    assert read_training_state(tmp_path / FOLDER / "last.pth")["progress"]["step"] >= 3
+
+
+def test_two_processes_and_a_model_without_running_statistics(augmented, tmp_path):
+    """A vision transformer: there is nothing to gather."""
+    (tmp_path / "peer.yaml").write_text("MODEL: {TYPE: timm, NAME: test_vit}\nDATA: {IMG_SIZE: 32, NUM_WORKERS: 0}\n")
+    job = ("main.py", "--cfg", tmp_path / "peer.yaml", *augmented[3:], "--batch-size", 4, "--output", tmp_path)
+    opts = ("--opts", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "PRINT_FREQ", 1)
+    runs = start(2, *job, *opts)
+    runs[0].wait_for("step 3/")
+    runs[1].kill(signal.SIGTERM)
+    assert [run.wait() for run in runs] == [75, 75], runs[0].stderr
+    assert read_training_state(tmp_path / "test_vit/default/last.pth")["progress"]["buffers"] is None
+    assert [run.wait() for run in start(2, *job, *opts)] == [0, 0]
+
+
 def test_processes_may_be_fewer_after_a_restart(undisturbed, tmp_path):
     """Two processes with half the batch each see the same batches as one; a batch of other images is said to be one."""
     runs = start(2, *command(tmp_path, "--batch-size", 32))
@@ -260,7 +323,8 @@ def test_all_checkpoints_damaged(tmp_path):
     for name in ("last.pth", "best.pth"):
         (folder / name).write_bytes(b"PK\3\4")
     result = python(*command(tmp_path), ok=False)
-    assert "all checkpoints are damaged (last_damaged1.pth, best_damaged1.pth)" in result.stderr
+    assert "all checkpoints are damaged (last.pth, best.pth)" in result.stderr
+    assert (folder / "last.pth").read_bytes() == b"PK\3\4"
     assert "Traceback" not in result.stderr
 
 
@@ -337,23 +401,19 @@ def test_killed_while_writing(tmp_path):
     assert left_halfway > 3  # that it was indeed caught writing
 
 
-def test_retention(undisturbed, tmp_path):
+def test_retention(undisturbed, image_folder, tmp_path):
     """The two latest of this run's; neither another run's nor what cannot be read is deleted."""
-    folder = tmp_path / FOLDER
-    opts = ("TRAIN.EPOCHS", 1, "SAVE_FREQ", 1, "KEEP_CHECKPOINTS", 2)
-    python(*command(tmp_path, opts=opts))
-    shutil.copy(undisturbed / "last.pth", folder / "ckpt_epoch_0.pth")
+    name = "smlp_tiny_alpha3_patch4_224_imagenet1k"
+    job = ("main.py", "--cfg", f"configs/{name}.yaml", "--data-path", image_folder, "--batch-size", 8)
+    opts = ("--output", tmp_path, "--opts", *TINY, "SAVE_FREQ", 1, "KEEP_CHECKPOINTS", 2, "TRAIN.EPOCHS")
+    folder = tmp_path / name / "default"
+    python(*job, *opts, 1)
+    for foreign in ("ckpt_epoch_0.pth", "ckpt_epoch_300.pth"):
+        shutil.copy(undisturbed / "last.pth", folder / foreign)
     (folder / "ckpt_epoch_00.pth").write_bytes(b"mine")
-    python(*command(tmp_path, opts=(*opts, "TRAIN.EPOCHS", 5)))
-    assert {path.name for path in folder.glob("*.pth")} == {
-        "last.pth",
-        "previous.pth",
-        "best.pth",
-        "ckpt_epoch_0.pth",
-        "ckpt_epoch_00.pth",
-        "ckpt_epoch_4.pth",
-        "ckpt_epoch_5.pth",
-    }
+    python(*job, *opts, 5)
+    kept = {"ckpt_epoch_0.pth", "ckpt_epoch_00.pth", "ckpt_epoch_300.pth", "ckpt_epoch_4.pth", "ckpt_epoch_5.pth"}
+    assert {path.name for path in folder.glob("*.pth")} == {"last.pth", "previous.pth", "best.pth", *kept}
 
 
 def test_second_run_in_one_folder(undisturbed, tmp_path):

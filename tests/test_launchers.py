@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment, free_port, python, torchrun, write_image_folder
+from conftest import ROOT, TINY, environment, free_port, python, start_processes, torchrun, write_image_folder
 
 CONFIG = ("--cfg", "configs/smlp_base_alpha3_patch4_224_imagenet1k.yaml")
 RUN = "smlp_base_alpha3_patch4_224_imagenet1k/default"
@@ -20,8 +20,8 @@ def evaluate(image_folder, tmp_path, checkpoint, processes: int, batch_size: int
     result = tmp_path / f"eval_{processes}_{batch_size}.json"
     command = ("main_eval.py", *CONFIG, "--data-path", image_folder, "--batch-size", batch_size)
     named = ("--resume", checkpoint, "--json", result)
-    launch = torchrun if processes > 1 else lambda _, *command: python(*command)
-    launch(processes, *command, *named, "--opts", *TINY)
+    for run in start_processes(processes, *command, *named, "--opts", *TINY):
+        assert run.wait() == 0, run.stderr
     return json.loads(result.read_text())
 
 
@@ -51,7 +51,8 @@ def test_two_processes_train_resume_and_agree(image_folder, tmp_path):
     the same model."""
     options = (*CONFIG, "--data-path", image_folder, "--batch-size", 4, "--accumulation-steps", 3)
     opts = ("--opts", *TINY, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 1)
-    torchrun(2, "main.py", *options, "--output", tmp_path / "a", *opts)
+    for process in start_processes(2, "main.py", *options, "--output", tmp_path / "a", *opts):
+        assert process.wait() == 0, process.stderr
     run = tmp_path / "a" / RUN
     records = metrics(run)
     # 16 images / 2 processes / 4 images = 2 passes, fewer than 3: one step each epoch, of both.
@@ -67,7 +68,8 @@ def test_two_processes_train_resume_and_agree(image_folder, tmp_path):
     resumed = tmp_path / "b" / RUN
     resumed.mkdir(parents=True)
     (resumed / "last.pth").write_bytes((run / "ckpt_epoch_2.pth").read_bytes())
-    torchrun(2, "main.py", *options, "--output", tmp_path / "b", *opts)
+    for process in start_processes(2, "main.py", *options, "--output", tmp_path / "b", *opts):
+        assert process.wait() == 0, process.stderr
     a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (run, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -80,9 +80,10 @@ class TestWithoutLocks:
             assert part in str(error.value)
         assert json.loads(lock.read_text())["process"] == holder["process"]
 
-    @pytest.mark.parametrize("process", [2**22 + 1, os.getpid()])
-    def test_stale(self, config, lock, process):
+    @pytest.mark.parametrize("whose", ["nobody", "mine"])
+    def test_stale(self, config, lock, whose):
         """A process that is no more; or its number, which this process got."""
+        process = os.getpid() if whose == "mine" else 2**22 + 1
         hold(lock, process=process)
         with open_run_folder(config, ALONE) as folder:
             assert f"process {process} on" in folder.notes[0]
