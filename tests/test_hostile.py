@@ -20,6 +20,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import hypothesis.configuration
@@ -32,6 +33,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 from torch import nn
+from torchvision.datasets import ImageFolder
 
 import checkpoint
 import config as config_module
@@ -45,7 +47,7 @@ from checkpoint import (
 )
 from config import ConfigError, get_default_config, leaves, load_config, save_config, validate
 from data.dataset import ClassificationDataset
-from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource
+from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource, printable
 from data.transforms import build_transform
 from distributed import World
 from logger import create_logger
@@ -431,7 +433,7 @@ def test_calls_are_not_made_in_any_protocol(tmp_path, monkeypatch, protocol):
 @pytest.mark.parametrize("name", [b"\x1b[2J\x1b[31mx", b"x" * 100_000, "größer".encode(), b"a b\tc"])
 def test_message_about_a_name_in_a_pickle(tmp_path, name):
     path = write(tmp_path / "a.pth", with_pickle(b"\x80\x02cos\n" + name + b"\n."))
-    with pytest.raises(CheckpointError) as error:
+    with little(5), pytest.raises(CheckpointError) as error:
         read_checkpoint(path)
     assert_clear(error.value)
 
@@ -638,7 +640,7 @@ def test_tensors_of_all_sizes_of_numbers(tmp_path, dtype):
         "empty": torch.ones(0, 2, dtype=dtype),
         "part": torch.ones(9, dtype=dtype)[4],
     }
-    content["storage"] = content["a"].untyped_storage()
+    content["storage"] = torch.arange(5, dtype=torch.uint8).untyped_storage()
     found = read_checkpoint(write(tmp_path / "a.pth", content))
     assert list(found.pop("storage")) == list(content.pop("storage"))
     assert same(found, content)
@@ -1382,6 +1384,16 @@ def test_names_that_are_unusual_and_accepted(tmp_path):
             assert folder.path == tmp_path / "out" / name / name
 
 
+def test_times_that_no_clock_can_count(tmp_path):
+    path = tmp_path / "a.yaml"
+    for value in (1e300, 1e12, float("inf"), float("nan"), 0.5):
+        path.write_text(yaml.safe_dump({"TIMEOUT": value}))
+        assert not accepted_or_refused(path)
+    path.write_text("TIMEOUT: 1.0e+9\nSAVE_MINUTES: 1.0e+300")
+    assert accepted_or_refused(path)
+    assert 2 * timedelta(seconds=load_config(path)[0].TIMEOUT)  # as main.py has it
+
+
 def test_config_of_a_run_that_is_no_text(tmp_path):
     """It is kept aside like any other config."""
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
@@ -1472,10 +1484,11 @@ name_parts = st.binary(min_size=1, max_size=30) | st.lists(
     st.sampled_from([*string.punctuation, "\n", "\udcff", "é"])
 ).map(lambda parts: os.fsencode("".join(parts)))
 file_names = name_parts.filter(lambda name: b"/" not in name and b"\0" not in name and name not in (b"", b".", b".."))
+paths = file_names | st.tuples(file_names.map(lambda name: name + b" folder"), file_names).map(b"/".join)
 
 
 @examples(60)
-@given(st.dictionaries(file_names, st.sets(file_names, min_size=1, max_size=3), min_size=1, max_size=3))
+@given(st.dictionaries(file_names, st.sets(paths, min_size=1, max_size=3), min_size=1, max_size=3))
 def test_any_names_of_classes_and_files(tree):
     with tempfile.TemporaryDirectory() as root:
         for name, files in tree.items():
@@ -1487,6 +1500,9 @@ def test_any_names_of_classes_and_files(tree):
         for index in range(len(source)):
             assert source.load(index).mode == "RGB"
             assert source.name(index).isprintable()
+        listing = ImageFolder(root)
+        assert (source.classes, source.targets) == (listing.classes, listing.targets)
+        assert [source.name(index) for index in range(len(source))] == [printable(path) for path, _ in listing.samples]
 
 
 @pytest.mark.parametrize("name", NAMES)
