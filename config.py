@@ -71,10 +71,19 @@ _C.MODEL.STRIP_MLP.PATCH_SIZE = 4
 _C.MODEL.STRIP_MLP.IN_CHANS = 3
 _C.MODEL.STRIP_MLP.EMBED_DIM = 80
 _C.MODEL.STRIP_MLP.LAYERS = [2, 2, 6, 2]
-# q, channels that share strip weights; 0: the released rule, 2 where EMBED_DIM is a multiple of 80, else 4
+# q, channels that share strip weights; 0: the released rule, 2 where EMBED_DIM is a multiple of 80, else 4; -1: all
+# of a stage, one patch (the paper's table 7, "without the group strip layer")
 _C.MODEL.STRIP_MLP.PATCH_CHANNELS = 0
+# m, odd (table 6)
 _C.MODEL.STRIP_MLP.STRIP_WIDTH = 3
 _C.MODEL.STRIP_MLP.ALPHA = 3.0
+# cascade, or parallel: both strips read the module's input (table 8)
+_C.MODEL.STRIP_MLP.CGSMM_STRUCTURE = "cascade"
+# both, cgsmm or lsmm: the channels of the one that is taken away pass unchanged (table 9)
+_C.MODEL.STRIP_MLP.BRANCHES = "both"
+_C.MODEL.STRIP_MLP.POSITION_TABLES = True
+_C.MODEL.STRIP_MLP.MULTI_SCALE_SHORTCUTS = True
+_C.MODEL.STRIP_MLP.GRN = True
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
@@ -278,6 +287,7 @@ def load_config(
     for key, value, where in overrides:
         merge.value(key, value, where)
     validate(merge.config, merge.origins)
+    merge.notes += notes_without_effect(merge.config, merge.origins, inherited=merge.inherited)
     merge.config.freeze()
     return merge.config, merge.notes
 
@@ -290,6 +300,7 @@ class _Merge:
         self.origins: dict[str, str] = {}
         self.notes: list[str] = []
         self.files = 0
+        self.inherited: set[str] = set()  # keys that a BASE has set last
 
     def file(self, path: Path, including: tuple[Path, ...]) -> None:
         """Merges a YAML file after the files in its `BASE`, which are relative to it."""
@@ -312,6 +323,8 @@ class _Merge:
             raise ConfigError(f"{path}: BASE is {_show(bases)}; accepted: a file name or a list of file names")
         for base in filter(None, bases):  # Swin's YAML files say BASE: [''] for none
             self.file(path.parent / base, (*including, resolved))
+        if not including:
+            self.inherited = set(self.origins)
         self.tree(tree, (), str(path))
 
     def tree(self, tree: dict, prefix: tuple[str, ...], where: str) -> None:
@@ -346,6 +359,7 @@ class _Merge:
         node = find(self.config, section.split(".")) if section else self.config
         node[name] = coerce(value, default, f"{where}: {key}")
         self.origins[key] = where
+        self.inherited.discard(key)
 
 
 class _Loader(yaml.SafeLoader):
@@ -529,9 +543,14 @@ ACCEPTED = {
     "MODEL.STRIP_MLP.IN_CHANS": (lambda value: value == 3, "3, because images are read as RGB"),
     "MODEL.STRIP_MLP.EMBED_DIM": _at_least(4),
     "MODEL.STRIP_MLP.LAYERS": (lambda value: len(value) == 4 and min(value) >= 1, "four numbers, each 1 or more"),
-    "MODEL.STRIP_MLP.PATCH_CHANNELS": _at_least(0),
+    "MODEL.STRIP_MLP.PATCH_CHANNELS": (
+        lambda value: value >= -1,
+        "channels per patch, 0 for the released rule, or -1 for one patch",
+    ),
     "MODEL.STRIP_MLP.STRIP_WIDTH": (lambda value: value > 0 and value % 2 == 1, "1, 3, 5, 7, ..."),
     "MODEL.STRIP_MLP.ALPHA": _POSITIVE,
+    "MODEL.STRIP_MLP.CGSMM_STRUCTURE": _one_of("cascade", "parallel"),
+    "MODEL.STRIP_MLP.BRANCHES": _one_of("both", "cgsmm", "lsmm"),
     "TRAIN.EPOCHS": _at_least(1),
     "TRAIN.WARMUP_EPOCHS": _at_least(0),
     "TRAIN.WEIGHT_DECAY": _at_least(0),
@@ -595,3 +614,25 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
         )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")
+
+
+def notes_without_effect(config: CfgNode, origins: dict[str, str], inherited: set[str]) -> list[str]:
+    """Notes for the log about values under MODEL that do not reach the model, because another value keeps them from it.
+
+    Only what someone has chosen is reported: no defaults, nothing that a BASE has set for its own model, and nothing
+    of a file that sets all keys, as a run's config.yaml does.
+    """
+    cgsmm_only = ("STRIP_WIDTH", "PATCH_CHANNELS", "CGSMM_STRUCTURE", "POSITION_TABLES")
+    if config.MODEL.TYPE != "strip_mlp_layer":
+        idle, reason = tuple(config.MODEL.STRIP_MLP), f"MODEL.TYPE is {config.MODEL.TYPE}"
+    elif config.MODEL.STRIP_MLP.BRANCHES == "lsmm":
+        idle, reason = cgsmm_only, "MODEL.STRIP_MLP.BRANCHES is lsmm: there is no CGSMM"
+    else:
+        return []
+    notes = []
+    dumped = set.intersection(*({origins.get(f"MODEL.STRIP_MLP.{name}")} for name in config.MODEL.STRIP_MLP))
+    for key in (f"MODEL.STRIP_MLP.{name}" for name in idle):
+        value = find(config, key.split("."))
+        if key in origins and key not in inherited and origins[key] not in dumped and value != find(_C, key.split(".")):
+            notes.append(f"{origins[key]}: {key} is {_show(value)}, which changes nothing, because {reason}")
+    return notes

@@ -44,6 +44,11 @@ def build_strip_mlp(config) -> StripMLP:
         patch_channels=keys.PATCH_CHANNELS or (2 if keys.EMBED_DIM % 80 == 0 else 4),
         strip_width=keys.STRIP_WIDTH,
         alpha=keys.ALPHA,
+        cgsmm_structure=keys.CGSMM_STRUCTURE,
+        branches=keys.BRANCHES,
+        position_tables=keys.POSITION_TABLES,
+        multi_scale_shortcuts=keys.MULTI_SCALE_SHORTCUTS,
+        grn=keys.GRN,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
     )
 

@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+CGSMM_STRUCTURES = ("cascade", "parallel")
+BRANCHES = ("both", "cgsmm", "lsmm")
+
+
 class StripMLPLayer(nn.Module):
     """Strip MLP layer along one axis: tokens interact with all tokens of their row (or column) and of the
     neighbouring rows (columns) inside a strip (the paper's "Strip MLP layer", with the patches of CGSMM).
@@ -98,7 +102,7 @@ class StripMLPLayer(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """Relative position table: position (i, j) of the map gets the table's row (j - i), whatever the channel does.
+    """Adds a relative position table: position (i, j) of the map gets the table's row (j - i), in each channel its own.
 
     Args:
         dim: channels C'.
@@ -106,7 +110,7 @@ class RelativePosition(nn.Module):
         radius: largest difference in the table, which has 2 * radius + 1 rows; differences beyond it are clipped
             to it (this happens only on maps that are not square).
 
-    Shape: () -> (C', H, W).
+    Shape: (N, C', H, W) -> (N, C', H, W).
     """
 
     def __init__(self, dim: int, size: tuple[int, int], radius: int):
@@ -116,44 +120,63 @@ class RelativePosition(nn.Module):
         difference = torch.arange(size[1])[None, :] - torch.arange(size[0])[:, None]  # (H, W), j - i
         self.register_buffer("index", difference.clamp(-radius, radius) + radius, persistent=False)
 
-    def forward(self) -> Tensor:
-        return F.embedding(self.index, self.table).permute(2, 0, 1)  # (H, W, C') -> (C', H, W)
+    def forward(self, x: Tensor) -> Tensor:
+        position = F.embedding(self.index, self.table).permute(2, 0, 1)  # (H, W, C') -> (C', H, W)
+        # Under autocast x is half precision and the table is not: a promoted sum would double the traffic.
+        return x + position.to(x.dtype)
 
 
 class CGSMM(nn.Module):
     """Cascade group strip mixing module (paper figure 2b, tables 7 and 8): strips along rows, then along columns of
     the result, each fused with the module's input.
 
-        z = GELU(BN(fuse_h([strip_h(u + pos_h), u]))) + pos_w
-        y = fuse_w([u, strip_w(z)])
+        z = GELU(BN(fuse_h([strip_h(u + pos_h), u])))
+        cascade:   y = fuse_w([u, strip_w(z + pos_w)])
+        parallel:  y = fuse_w([z, strip_w(u + pos_w)])
+
+    The paper does not say how its parallel module (table 8) is wired. Here both strips read the module's input, so
+    that they no longer depend on each other, and z takes u's place in the last fusion, so that the rows still reach
+    the output: the same layers, parameters and multiply-adds as the cascade.
 
     Args:
         dim: channels C'.
         size: (H, W) of the map.
         patch_channels: q, channels that share strip weights.
         strip_width: m, odd.
+        structure: "cascade" or "parallel".
+        position_tables: whether to add pos_h and pos_w.
 
     Shape: (N, C', H, W) -> (N, C', H, W).
     """
 
-    def __init__(self, dim: int, size: tuple[int, int], patch_channels: int = 2, strip_width: int = 3):
+    def __init__(
+        self,
+        dim: int,
+        size: tuple[int, int],
+        patch_channels: int = 2,
+        strip_width: int = 3,
+        structure: str = "cascade",
+        position_tables: bool = True,
+    ):
         super().__init__()
+        check_choice("structure", structure, CGSMM_STRUCTURES)
         height, width = size
-        self.pos_h = RelativePosition(dim, size, radius=height)
+        self.structure = structure
+        self.pos_h = RelativePosition(dim, size, radius=height) if position_tables else nn.Identity()
         self.strip_h = StripMLPLayer(dim, width, "row", patch_channels, strip_width)
         self.fuse_h = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
-        self.pos_w = RelativePosition(dim, size, radius=width)
+        self.pos_w = RelativePosition(dim, size, radius=width) if position_tables else nn.Identity()
         self.strip_w = StripMLPLayer(dim, height, "column", patch_channels, strip_width)
         self.fuse_w = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        # Under autocast u is half precision and the tables are not: a promoted sum would double the traffic.
-        rows = self.strip_h(u + self.pos_h().to(u.dtype))
+        rows = self.strip_h(self.pos_h(u))
         z = self.act(self.norm(self.fuse_h(torch.cat([rows, u], dim=1))))
-        columns = self.strip_w(z + self.pos_w().to(z.dtype))
-        return self.fuse_w(torch.cat([u, columns], dim=1))
+        if self.structure == "cascade":
+            return self.fuse_w(torch.cat([u, self.strip_w(self.pos_w(z))], dim=1))
+        return self.fuse_w(torch.cat([z, self.strip_w(self.pos_w(u))], dim=1))
 
 
 class LSMM(nn.Module):
@@ -189,21 +212,38 @@ class StripMixingBlock(nn.Module):
     Args:
         dim: channels C; a multiple of 4.
         size: (H, W) of the map.
-        patch_channels: q, channels that share strip weights; divides C / 2.
+        patch_channels: q, channels that share strip weights; divides C / 2. -1: all of them, one patch.
         strip_width: m, odd.
+        cgsmm_structure: "cascade" or "parallel", see `CGSMM`.
+        branches: "both", or the one that is left, "cgsmm" or "lsmm" (paper table 9). The half of a branch that is
+            taken away goes to the fusion as it is: the other branch and the fusion keep their widths.
+        position_tables: whether CGSMM adds them.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
 
-    def __init__(self, dim: int, size: tuple[int, int], patch_channels: int = 2, strip_width: int = 3):
+    def __init__(
+        self,
+        dim: int,
+        size: tuple[int, int],
+        patch_channels: int = 2,
+        strip_width: int = 3,
+        cgsmm_structure: str = "cascade",
+        branches: str = "both",
+        position_tables: bool = True,
+    ):
         super().__init__()
+        check_choice("branches", branches, BRANCHES)
+        half = dim // 2
+        q = half if patch_channels == -1 else patch_channels
         self.norm = nn.BatchNorm2d(dim)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.proj = nn.Conv2d(dim, dim, kernel_size=1)
         self.proj_norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
-        self.cgsmm = CGSMM(dim // 2, size, patch_channels, strip_width)
-        self.lsmm = LSMM(dim // 2)
+        cgsmm, lsmm = branches != "lsmm", branches != "cgsmm"
+        self.cgsmm = CGSMM(half, size, q, strip_width, cgsmm_structure, position_tables) if cgsmm else nn.Identity()
+        self.lsmm = LSMM(half) if lsmm else nn.Identity()
         self.fuse = nn.Conv2d(dim, dim, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,15 +260,16 @@ class ChannelMixingBlock(nn.Module):
     Args:
         dim: channels C.
         alpha: hidden width of the MLP as a multiple of C.
+        grn: whether the MLP has the normalisation.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
     """
 
-    def __init__(self, dim: int, alpha: float = 3):
+    def __init__(self, dim: int, alpha: float = 3, grn: bool = True):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, bias=False)
         self.norm = nn.LayerNorm(dim)
-        self.mlp = GlobalResponseNormMlp(dim, int(alpha * dim))
+        self.mlp = (GlobalResponseNormMlp if grn else Mlp)(dim, int(alpha * dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
@@ -248,14 +289,14 @@ class StripMLPBlock(nn.Module):
         self,
         dim: int,
         size: tuple[int, int],
-        patch_channels: int = 2,
-        strip_width: int = 3,
         alpha: float = 3,
+        grn: bool = True,
         drop_path: float = 0.0,
+        **token_mixing,
     ):
         super().__init__()
-        self.token_mixing = StripMixingBlock(dim, size, patch_channels, strip_width)
-        self.channel_mixing = ChannelMixingBlock(dim, alpha)
+        self.token_mixing = StripMixingBlock(dim, size, **token_mixing)
+        self.channel_mixing = ChannelMixingBlock(dim, alpha, grn)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,8 +317,16 @@ class StripMLP(nn.Module):
         embed_dim: C, channels of stage 1, doubled by each later stage. A multiple of 4.
         depths: blocks in each of the four stages.
         patch_channels: q, channels that share strip weights; divides C / 2. The released T* and T use 2, S and B 4.
+            -1: all channels of a strip module, one patch in every stage (paper table 7, P = 1: "without the group
+            strip layer").
         strip_width: m, odd; 3 in all released models (paper table 6).
         alpha: expansion of the channel-mixing MLP.
+        cgsmm_structure: "cascade" as released, or "parallel" (paper table 8), see `CGSMM`.
+        branches: "both" as released, or "cgsmm" or "lsmm" alone (paper table 9), see `StripMixingBlock`.
+        position_tables: whether CGSMM adds its relative position tables.
+        multi_scale_shortcuts: whether there are shortcuts; without them, a stage's input is the merged output of the
+            one before.
+        grn: whether channel mixing has global response normalisation.
         drop_path_rate: stochastic depth, the same in every block as in the released models.
         drop_rate: dropout before the classifier; 0 in the released models.
         global_pool: "avg", or "" for none (timm's convention).
@@ -299,6 +348,11 @@ class StripMLP(nn.Module):
         patch_channels: int = 2,
         strip_width: int = 3,
         alpha: float = 3,
+        cgsmm_structure: str = "cascade",
+        branches: str = "both",
+        position_tables: bool = True,
+        multi_scale_shortcuts: bool = True,
+        grn: bool = True,
         drop_path_rate: float = 0.1,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
@@ -323,10 +377,14 @@ class StripMLP(nn.Module):
                     StripMLPBlock(
                         info["num_chs"],
                         (img_size[0] // info["reduction"], img_size[1] // info["reduction"]),
-                        patch_channels,
-                        strip_width,
                         alpha,
+                        grn,
                         drop_path_rate,
+                        patch_channels=patch_channels,
+                        strip_width=strip_width,
+                        cgsmm_structure=cgsmm_structure,
+                        branches=branches,
+                        position_tables=position_tables,
                     )
                     for _ in range(depth)
                 )
@@ -334,10 +392,11 @@ class StripMLP(nn.Module):
             for info, depth in zip(self.feature_info, depths, strict=True)
         )
         self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in ((c1, c2), (c2, c3), (c3, c4)))
-        # Multi-scale shortcuts between the merged maps: stage 2 -> 3, then on to 4, and stage 3 -> 4.
-        self.shortcut_2to3 = merge(c2, c3, groups=c2)
-        self.shortcut_2to4 = merge(c3, c4, groups=c3)
-        self.shortcut_3to4 = merge(c3, c4, groups=c3)
+        self.multi_scale_shortcuts = multi_scale_shortcuts
+        if multi_scale_shortcuts:  # between the merged maps: stage 2 -> 3, then on to 4, and stage 3 -> 4
+            self.shortcut_2to3 = merge(c2, c3, groups=c2)
+            self.shortcut_2to4 = merge(c3, c4, groups=c3)
+            self.shortcut_3to4 = merge(c3, c4, groups=c3)
         self.norm = nn.BatchNorm2d(c4)
         self.head = ClassifierHead(c4, num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
@@ -350,14 +409,19 @@ class StripMLP(nn.Module):
             )
         y1 = self.run_stage(0, self.patch_embed(x))  # (N, C, H / p, W / p)
         m2 = self.merging[0](y1)  # (N, 2C, H / 2p, W / 2p)
-        to3 = self.shortcut_2to3(m2)
-        to4 = self.shortcut_2to4(to3)
+        if self.multi_scale_shortcuts:
+            to3 = self.shortcut_2to3(m2)
+            to4 = self.shortcut_2to4(to3)
         y2 = self.run_stage(1, m2)
         m3 = self.merging[1](y2)  # (N, 4C, H / 4p, W / 4p)
-        to4 = to4 + self.shortcut_3to4(m3)
-        y3 = self.run_stage(2, m3 + to3)
+        if self.multi_scale_shortcuts:
+            to4 = to4 + self.shortcut_3to4(m3)
+            m3 = m3 + to3
+        y3 = self.run_stage(2, m3)
         m4 = self.merging[2](y3)  # (N, 8C, H / 8p, W / 8p)
-        y4 = self.run_stage(3, m4 + to4)
+        if self.multi_scale_shortcuts:
+            m4 = m4 + to4
+        y4 = self.run_stage(3, m4)
         return self.norm(y4)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -409,6 +473,12 @@ def check_strip_width(strip_width: int) -> None:
         raise ValueError(f"strip_width={strip_width} must be odd and positive; nearest that work: {nearest}")
 
 
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Raises ValueError for a value that is none of the accepted ones."""
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
 def check_geometry(
     img_size: tuple[int, int],
     patch_size: int,
@@ -434,13 +504,14 @@ def check_geometry(
         nearest = f"{below} and {above}" if below > 0 else f"{above}"
         raise ValueError(f"embed_dim={embed_dim} must be a multiple of 4; nearest that work: {nearest}")
     half = embed_dim // 2
-    if patch_channels < 1 or half % patch_channels:
+    if patch_channels != -1 and (patch_channels < 1 or half % patch_channels):
         divisors = [d for d in range(1, half + 1) if half % d == 0]
         below = [d for d in divisors if d < patch_channels][-1:]
         above = [d for d in divisors if d > patch_channels][:1]
         nearest = " and ".join(str(d) for d in below + above)
         raise ValueError(
-            f"patch_channels={patch_channels} must divide embed_dim / 2 = {half}; nearest that work: {nearest}"
+            f"patch_channels={patch_channels} must divide embed_dim / 2 = {half}; nearest that work: {nearest}; "
+            "or -1 for all channels"
         )
 
 
