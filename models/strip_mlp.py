@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, GlobalResponseNormMlp, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .activation_checkpoint import checkpoint_blocks
+from .backbone import Backbone, check_depths, check_img_size, image_cfg, merge, plain_weights
 
 __all__ = [
     "CGSMM",
@@ -304,7 +303,7 @@ class StripMLPBlock(nn.Module):
         return x + self.drop_path(self.channel_mixing(x))
 
 
-class StripMLP(nn.Module):
+class StripMLP(Backbone):
     """The network (paper figure 2a): four stages of `StripMLPBlock`s at strides p, 2p, 4p and
     8p, and shortcuts that carry the merged outputs of stages 1 and 2 to the inputs of stages 3 and 4.
 
@@ -364,7 +363,6 @@ class StripMLP(nn.Module):
         self.img_size = img_size
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = 8 * embed_dim
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)
         ]
@@ -402,11 +400,7 @@ class StripMLP(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                f"input of {tuple(x.shape[-2:])} pixels, but the strip weights were made for {self.img_size}: "
-                "resize the images or build the model with this img_size"
-            )
+        self.check_size(x)
         y1 = self.run_stage(0, self.patch_embed(x))  # (N, C, H / p, W / p)
         m2 = self.merging[0](y1)  # (N, 2C, H / 2p, W / 2p)
         if self.multi_scale_shortcuts:
@@ -424,46 +418,10 @@ class StripMLP(nn.Module):
         y4 = self.run_stage(3, m4)
         return self.norm(y4)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits (N, num_classes), or to pooled features (N, 8 C)."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def run_stage(self, index: int, x: Tensor) -> Tensor:
-        """Blocks of one stage, recomputing their activations in the backward pass if asked to."""
-        blocks = self.stages[index]
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint_blocks(blocks, x)
-        return blocks(x)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for the backward pass: less memory, one more forward pass."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a freshly initialised one; `num_classes=0` removes it."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters exempt from weight decay besides vectors and biases: none in the released recipe, which decays
-        the position tables too."""
-        return set()
-
     def weight_decay_vectors(self) -> set[str]:
         """Vectors that the released recipe decays all the same: GRN's scale and shift, which the released code
         stores as (1, 1, 1, C) and so does not take for vectors."""
         return {f"{name}.{p}" for name, _ in self.named_modules() if name.endswith(".grn") for p in ("weight", "bias")}
-
-
-def merge(dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
-    """Patch merging (paper figure 2a): halves height and width."""
-    return nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, groups=groups, bias=False)
 
 
 def check_strip_width(strip_width: int) -> None:
@@ -489,16 +447,8 @@ def check_geometry(
 ) -> None:
     """Raises ValueError naming the values that do not fit together and the nearest ones that do."""
     check_strip_width(strip_width)
-    if len(depths) != 4 or min(depths) < 1:
-        raise ValueError(f"depths={tuple(depths)} must be four positive numbers, one per stage")
-    stride = 8 * patch_size
-    for size in img_size:
-        if size < 1 or size % stride:
-            below, above = size // stride * stride, (size // stride + 1) * stride
-            nearest = f"{below} and {above}" if below > 0 else f"{above}"
-            raise ValueError(
-                f"img_size={size} must be a multiple of 8 * patch_size = {stride}; nearest that work: {nearest}"
-            )
+    check_depths(depths)
+    check_img_size(img_size, patch_size)
     if embed_dim < 4 or embed_dim % 4:
         below, above = embed_dim // 4 * 4, (embed_dim // 4 + 1) * 4
         nearest = f"{below} and {above}" if below > 0 else f"{above}"
@@ -554,9 +504,7 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Ten
         Names and shapes as `StripMLP.state_dict` has them. A released strip weight (P * L, L, 1, m) becomes
         (P, L, L, m), its bias (P * L) becomes (P, L), GRN's (1, 1, 1, C) becomes (C).
     """
-    if isinstance(state_dict.get("model"), Mapping):
-        state_dict = state_dict["model"]
-    state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    state_dict = plain_weights(state_dict)
     if "merging1.weight" not in state_dict:
         return state_dict
 
@@ -577,31 +525,16 @@ def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Ten
     return converted
 
 
-def _cfg(**kwargs) -> dict:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": (7, 7),
-        "crop_pct": 224 / 256,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed",
-        "classifier": "head.fc",
-        "paper_ids": "arXiv:2307.11458",
-        **kwargs,
-    }
-
+PAPER = "arXiv:2307.11458"
 
 # No weights to download: the authors publish theirs through a file-sharing site. Load them with checkpoint_filter_fn.
 default_cfgs = generate_default_cfgs(
     {
-        "strip_mlp_tiny_light": _cfg(),
-        "strip_mlp_tiny": _cfg(),
-        "strip_mlp_small": _cfg(),
-        "strip_mlp_base": _cfg(),
-        "strip_mlp_pico": _cfg(num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
+        "strip_mlp_tiny_light": image_cfg(PAPER),
+        "strip_mlp_tiny": image_cfg(PAPER),
+        "strip_mlp_small": image_cfg(PAPER),
+        "strip_mlp_base": image_cfg(PAPER),
+        "strip_mlp_pico": image_cfg(PAPER, num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0),
     }
 )
 
