@@ -1,7 +1,8 @@
 """Draw a training run's curves (loss, accuracy, learning rate) into a PNG.
 
 Input: ``<run>/metrics.jsonl``, one JSON object per line and epoch. Read from it: ``epoch`` (from 1), ``train_loss``,
-``lr`` and, missing or null in epochs without an evaluation, ``val_loss``, ``top1`` and ``top5`` (percent).
+``lr`` and, missing or null in epochs without an evaluation, ``val_loss``, ``top1`` and ``top5`` (percent); for
+compare_runs.py and ablate.py also ``images_per_second`` and ``seconds``, where they are there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 ALWAYS = ("train_loss", "lr")
 WHEN_EVALUATED = ("val_loss", "top1", "top5")
+OPTIONAL = (*WHEN_EVALUATED, "images_per_second", "seconds")
 
 # Blue and orange of matplotlib's "tableau-colorblind10", which colour-blind readers can tell apart.
 FIRST_COLOR = "#006BA4"
@@ -33,7 +35,7 @@ Record = dict[str, float]
 
 
 def read_record(line: bytes) -> Record:
-    """Return the plotted numbers of one line of metrics.jsonl; those missing or null are left out.
+    """Return the numbers of one line of metrics.jsonl; those missing or null are left out.
 
     Raises ``TypeError`` or ``ValueError`` that says what is wrong with the line.
     """
@@ -48,9 +50,9 @@ def read_record(line: bytes) -> Record:
     if not isinstance(epoch, float) or not epoch.is_integer() or epoch < 1:
         raise ValueError(f"'epoch' is {epoch!r:.40}: accepted is an integer from 1")
     record: Record = {"epoch": epoch}
-    for key in (*ALWAYS, *WHEN_EVALUATED):
+    for key in (*ALWAYS, *OPTIONAL):
         value = data.get(key)
-        if value is None and key in WHEN_EVALUATED:
+        if value is None and key in OPTIONAL:
             continue
         if not isinstance(value, float):
             raise TypeError(f"{key!r} is {value!r:.40}: accepted is a number")

@@ -1,0 +1,534 @@
+"""Train every setting of an ablation with several seeds, and tabulate what came of it.
+
+    python tools/ablate.py configs/ablations/digits --seeds 0 1 2 3 4
+    python tools/ablate.py 'configs/ablations/cifar100/table6_*.yaml' --data-path data_cifar --processes 8
+    python tools/ablate.py configs/peers --data-path DATA --print > commands.txt    # for a scheduler
+    python tools/ablate.py configs/peers --data-path DATA --report                  # the table of what is there
+
+Takes config files, folders of them and globs. The base of a setting is the config that its BASE names, and is trained
+too, unless that is a fragment without a MODEL.NAME; a setting that is the same as its base is not trained twice. Each
+run is the ordinary main.py (under torchrun with --processes) in OUTPUT/MODEL.NAME/<config>_seed<N>: the same command
+again skips what is finished and goes on with what was stopped. A run that fails does not stop the others.
+
+Writes ablation.md, ablation.csv, ablation.png and runs.csv (one line per run) into --output. The exit status is 0 if
+all runs are finished, 1 if not, 75 if a signal stopped this command (and the run that it was at, which is saved).
+"""
+
+import argparse
+import glob
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from compare_runs import BOOKKEEPING, COLORS, Model, Run, model_size, read_run, save, whole, with_deviation
+from complexity import Count, with_known_classes
+from matplotlib.figure import Figure
+from tables import as_csv, markdown
+
+from config import ConfigError, leaves, load_config, read_yaml
+from models import build_model
+from run_folder import run_path
+from stopping import EXIT_STATUS
+from utils import UserError, run_entry_point, writing_to
+
+NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
+SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
+
+
+@dataclass(eq=False)
+class Setting:
+    """One config of an ablation.
+
+    Attributes:
+        values: by dotted key.
+        base: what it is compared with.
+        same_as_base: why it needs no runs of its own; empty if it does.
+        problem: why it cannot be trained.
+        runs: by seed.
+        failures: of runs, by seed.
+    """
+
+    path: Path
+    config: Any = None
+    values: dict[str, Any] = field(default_factory=dict)
+    base: "Setting | None" = None
+    same_as_base: str = ""
+    problem: str = ""
+    runs: dict[int, Run] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The values that differ from the base's."""
+        before = self.base.values if self.base else self.values
+        ignored = (*BOOKKEEPING, "SEED", "MODEL.NAME")
+        return {key: value for key, value in self.values.items() if key not in ignored and value != before.get(key)}
+
+    @property
+    def finished(self) -> Model:
+        """Its finished runs, or its base's where it is the same."""
+        runs = self.base.runs if self.same_as_base else self.runs
+        return Model(self.name, [run for run in runs.values() if run.finished])
+
+    @property
+    def size(self) -> Count | None:
+        return None if self.problem else model_size(self.config)
+
+
+def find_configs(patterns: Sequence[str]) -> list[Path]:
+    """The config files that paths, folders and globs name, each once, in the order given.
+
+    Raises:
+        UserError: one names nothing.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in (".yaml", ".yml"))
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(file) for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
+        if not files:
+            raise UserError(f"{pattern}: no config there; accepted: a YAML file, a folder that has some, or a glob")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def base_of(path: Path) -> Path | None:
+    """The config that a file's BASE names; None where it is a fragment, which gives the model no name, or several."""
+    bases = read_yaml(path).get("BASE")
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or len(bases) != 1 or not isinstance(bases[0], str) or not bases[0]:
+        return None
+    base = Path(os.path.relpath((path.parent / bases[0]).resolve()))
+    model = read_yaml(base).get("MODEL")
+    return base if isinstance(model, dict) and "NAME" in model else None
+
+
+def options_of(args: argparse.Namespace, config: Any) -> list[str]:
+    """--opts for main.py, without the seed. The warm-up keeps its share of the training."""
+    if args.epochs is None:
+        return args.opts
+    opts = ["TRAIN.EPOCHS", str(args.epochs)]
+    if "TRAIN.WARMUP_EPOCHS" not in args.opts[::2]:
+        warmup = min(round(config.TRAIN.WARMUP_EPOCHS * args.epochs / config.TRAIN.EPOCHS), args.epochs - 1)
+        opts += ["TRAIN.WARMUP_EPOCHS", str(warmup)]
+    return [*opts, *args.opts]
+
+
+def load_setting(path: Path, args: argparse.Namespace) -> Setting:
+    """A setting with the command line's values on top; what is wrong with it is its `problem`."""
+    setting = Setting(path)
+    try:
+        overrides = [("OUTPUT", str(args.output), "--output")]
+        overrides += [("DATA.DATA_PATH", args.data_path, "--data-path")] if args.data_path else []
+        plain, _ = load_config(path)
+        setting.config, notes = load_config(path, options_of(args, plain), overrides)
+        setting.values = leaves(setting.config)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    except ConfigError as error:
+        setting.problem = str(error)
+    return setting
+
+
+def load_settings(args: argparse.Namespace) -> list[Setting]:
+    """All settings, a base before the first setting that is compared with it.
+
+    Raises:
+        UserError: nothing to do, or two settings would share their folders.
+    """
+    settings: dict[Path, Setting] = {}
+    for path in find_configs(args.configs):
+        try:
+            base = Path(args.base) if args.base else base_of(path)
+        except ConfigError:
+            base = None  # which loading the setting meets again, and says
+        if base and base.resolve() not in settings:
+            settings[base.resolve()] = load_setting(base, args)
+        setting = settings.setdefault(path.resolve(), load_setting(path, args))
+        if base and base.resolve() != path.resolve():
+            setting.base = settings[base.resolve()]
+    # What was given first and turns out to be a base goes before its settings.
+    order = sorted(settings.values(), key=lambda setting: setting.base is not None) if args.base else settings.values()
+    folders: dict[str, Path] = {}
+    for setting in order:
+        if setting.problem:
+            continue
+        folder = f"{setting.values['MODEL.NAME']}/{setting.name}"
+        if folder in folders:
+            raise UserError(
+                f"{folders[folder]} and {setting.path} would share their runs' folders, {folder}_seed<N>: give one of "
+                "them another file name or MODEL.NAME"
+            )
+        folders[folder] = setting.path
+        if setting.base and not setting.base.problem:
+            setting.same_as_base = sameness(setting)
+    return list(order)
+
+
+def sameness(setting: Setting) -> str:
+    """Why a setting's runs would be its base's over again; empty if they would not."""
+    changes = setting.changes
+    if not changes:
+        return "as the base"
+    if not all(key.startswith(SHAPES_THE_MODEL) for key in changes):
+        return ""
+    # What differs in size differs. The arithmetic is needed only for the rest.
+    size, base_size = setting.size, setting.base.size
+    if size is None or base_size is None or size.parameters != base_size.parameters:
+        return ""
+    try:
+        same = all(map(torch.equal, behaviour(setting.config), behaviour(setting.base.config)))
+    except (ValueError, RuntimeError):
+        return ""
+    return "changes nothing in the model" if same else ""
+
+
+def behaviour(config: Any) -> list[torch.Tensor]:
+    """What tells two models of one seed apart: their initial weights, and their outputs in training and evaluation."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build_model(with_known_classes(config))
+        size = config.DATA.IMG_SIZE
+        images = torch.randn(2, 3, size, size)
+        outputs = [model.train()(images), model.eval()(images)]
+    return [*outputs, torch.cat([parameter.flatten() for parameter in model.parameters()])]
+
+
+def command(setting: Setting, seed: int, args: argparse.Namespace) -> list[str]:
+    """main.py for one run, as a user would call it from here."""
+    launcher = [sys.executable]
+    if args.processes > 1:
+        # --standalone takes a free port: several runs may share a machine.
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
+    words = [*launcher, os.path.relpath(ROOT / "main.py"), "--cfg", str(setting.path), "--output", str(args.output)]
+    words += ["--tag", tag(setting, seed)]
+    words += ["--data-path", args.data_path] if args.data_path else []
+    plain, _ = load_config(setting.path)
+    return [*words, "--opts", *options_of(args, plain), "SEED", str(seed)]
+
+
+def tag(setting: Setting, seed: int) -> str:
+    return f"{setting.name}_seed{seed}"
+
+
+def folder_of(setting: Setting, seed: int) -> Path:
+    return run_path(setting.config).with_name(tag(setting, seed))
+
+
+def look(setting: Setting, seed: int) -> None:
+    """Reads the run's folder. One that another config has written is a failure, and left alone."""
+    folder = folder_of(setting, seed)
+    if not (folder / "config.yaml").exists():
+        setting.runs.pop(seed, None)
+        return
+    run = setting.runs[seed] = read_run(folder)
+    ignored = (*BOOKKEEPING, "SEED", "MODEL.NUM_CLASSES")
+    for key, value in setting.values.items():
+        if run.values and key not in ignored and run.values[key] != value:
+            del setting.runs[seed]
+            setting.failures[seed] = (
+                f"{folder}: holds a run with {key} {run.values[key]!r}, not {value!r}; choose another --output"
+            )
+            return
+
+
+class Interrupted(Exception):
+    """A signal has stopped this command."""
+
+
+class Launcher:
+    """Runs commands one after the other, and passes the signals that stop a run on to it."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._stopping = False
+
+    def __enter__(self) -> "Launcher":
+        self._before = {number: signal.signal(number, self._pass_on) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame) -> None:
+        self._stopping = True
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def run(self, words: list[str], console: Path) -> int:
+        """The command's exit status; what it prints is added to the file `console`.
+
+        Raises:
+            Interrupted: a signal came; the command has ended.
+        """
+        if self._stopping:
+            raise Interrupted
+        with writing_to(console):
+            console.parent.mkdir(parents=True, exist_ok=True)
+            file = console.open("a", encoding="utf-8")
+        with file:
+            # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
+            self._process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
+            if self._stopping:
+                self._process.terminate()
+            status = self._process.wait()
+        if self._stopping:
+            raise Interrupted
+        return status
+
+
+def console_of(setting: Setting, seed: int) -> Path:
+    folder = folder_of(setting, seed)
+    return folder.with_name(f"{folder.name}.console.txt")
+
+
+def reason(console: Path, status: int) -> str:
+    """Why a run failed: its last error message."""
+    lines = console.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if console.exists() else []
+    errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
+    message = errors[-1] if errors else next((line for line in reversed(lines) if line.strip()), "printed nothing")
+    return f"status {status}: {message[:300]} (all of it: {console})"
+
+
+def to_train(settings: Sequence[Setting], seeds: Sequence[int]) -> Iterator[tuple[Setting, int]]:
+    """What is not finished, all settings with the first seed first."""
+    for seed in seeds:
+        for setting in settings:
+            done = seed in setting.runs and setting.runs[seed].finished
+            if not (setting.problem or setting.same_as_base or done or seed in setting.failures):
+                yield setting, seed
+
+
+def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
+    """Raises Interrupted where a signal came."""
+    todo = list(to_train(settings, args.seeds))
+    for setting in settings:
+        if setting.problem:
+            print(f"{setting.name}: FAILED: {setting.problem}", flush=True)
+        if setting.same_as_base == "changes nothing in the model":
+            changes = ", ".join(f"{key} {value!r}" for key, value in setting.changes.items())
+            print(f"{setting.name}: {changes} changes nothing in the model; not trained", flush=True)
+        for seed, failure in setting.failures.items():
+            print(f"{setting.name} seed {seed}: FAILED: {failure}", flush=True)
+    done = sum(run.finished for setting in settings for run in setting.runs.values())
+    print(f"{len(todo)} runs to train, {done} finished before", flush=True)
+    with Launcher() as launcher:
+        for number, (setting, seed) in enumerate(todo, start=1):
+            was_there = setting.runs.get(seed)
+            going_on = f", goes on after {was_there.epochs} epochs" if was_there and was_there.epochs else ""
+            print(f"[{number}/{len(todo)}] {setting.name} seed {seed}{going_on}", end=" ... ", flush=True)
+            started = time.monotonic()
+            console = console_of(setting, seed)
+            status = launcher.run(command(setting, seed, args), console)
+            look(setting, seed)
+            run = setting.runs.get(seed)
+            if status == 0 and run and run.finished and run.last is not None:
+                print(f"top-1 {run.last:.2f} % ({time.monotonic() - started:.0f} s)", flush=True)
+            else:
+                setting.failures.setdefault(seed, reason(console, status))
+                print(f"FAILED: {setting.failures[seed]}", flush=True)
+
+
+TITLES = (
+    "setting",
+    "changes",
+    "seeds",
+    "top-1, %",
+    "to base",
+    "best, %",
+    "val. loss",
+    "parameters",
+    "MACs",
+    "images/s",
+)
+
+
+def by_loss(run: Run) -> float | None:
+    return next((record["val_loss"] for record in reversed(run.records) if "val_loss" in record), None)
+
+
+def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | Figure]:
+    """The files to write, by name."""
+    rows, numbers = [], []
+    for setting in settings:
+        model, size = setting.finished, setting.size
+        last = model.statistics(lambda run: run.last)
+        best = model.statistics(lambda run: run.best)
+        loss = model.statistics(by_loss)
+        speed, _ = model.statistics(lambda run: run.speed)
+        base, _ = setting.base.finished.statistics(lambda run: run.last) if setting.base else (None, None)
+        delta = None if base is None or last[0] is None else last[0] - base
+        changes = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.changes.items())
+        if setting.same_as_base:
+            changes = f"{changes} {setting.same_as_base}".strip()
+        elif any(other.base is setting for other in settings):
+            changes = f"{changes} (base)".strip()
+        state = "failed" if setting.problem else f"{len(model.runs)} of {len(seeds)}"
+        parameters, macs = (size.parameters, size.macs) if size else (None, None)
+        rows.append(
+            (
+                *(setting.name, changes, state, with_deviation(*last), "-" if delta is None else f"{delta:+.2f}"),
+                with_deviation(*best),
+                "-" if loss[0] is None else f"{loss[0]:.3f}" + (f" ± {loss[1]:.3f}" if loss[1] is not None else ""),
+                *map(whole, (parameters, macs, speed)),
+            )
+        )
+        numbers.append((setting.name, changes, len(model.runs), *last, delta, *best, *loss, parameters, macs, speed))
+    columns = ("setting", "changes", "seeds", "top1", "top1_std", "delta_to_base", "best", "best_std", "val_loss")
+    columns += ("val_loss_std", "parameters", "macs", "images_per_second")
+    text = markdown(TITLES, rows) + "".join(f"\n- {problem}" for problem in problems(settings, seeds)) + "\n"
+    per_run = [
+        (setting.name, seed, run.finished, run.epochs, run.last, run.best, by_loss(run), run.speed, run.seconds)
+        for setting in settings
+        for seed, run in sorted(setting.runs.items())
+    ]
+    run_columns = ("setting", "seed", "finished", "epochs", "top1", "best", "val_loss", "images_per_second", "seconds")
+    return {
+        "ablation.md": text,
+        "ablation.csv": as_csv(columns, numbers),
+        "runs.csv": as_csv(run_columns, per_run),
+        "ablation.png": draw(settings),
+    }
+
+
+def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
+    """What keeps a table from being complete."""
+    found = []
+    for setting in settings:
+        if setting.problem:
+            found.append(f"{setting.name}: FAILED: {setting.problem}")
+            continue
+        for seed in () if setting.same_as_base else seeds:
+            run = setting.runs.get(seed)
+            if seed in setting.failures:
+                found.append(f"{setting.name} seed {seed}: FAILED: {setting.failures[seed]}")
+            elif run is None:
+                found.append(f"{setting.name} seed {seed}: not run")
+            elif run.problem:
+                found.append(f"{setting.name} seed {seed}: {run.problem}")
+            elif not run.finished:
+                found.append(
+                    f"{setting.name} seed {seed}: stopped after {run.epochs} of {run.values['TRAIN.EPOCHS']} epochs"
+                )
+    return found
+
+
+def draw(settings: Sequence[Setting]) -> Figure:
+    """Top-1 of every setting, its mean and standard deviation over the seeds and each run as a dot; a line where the
+    base is."""
+    bases = list(dict.fromkeys(setting.base or setting for setting in settings))
+    groups = [(base, [s for s in settings if s is base or s.base is base]) for base in bases]
+    rows = sum(len(members) + 2 for _, members in groups)
+    figure = Figure(figsize=(9, max(3, 0.36 * rows)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(m) + 2 for _, m in groups])[:, 0]
+    for axes, (base, members) in zip(panels, groups, strict=True):
+        axes.set_title(base.values.get("MODEL.NAME", base.name), fontsize=11, parse_math=False)
+        for row, setting in enumerate(members):
+            color = COLORS[1] if setting is base else COLORS[2] if setting.same_as_base else COLORS[0]
+            model = setting.finished
+            average, deviation = model.statistics(lambda run: run.last)
+            if average is None:
+                axes.annotate(
+                    "no finished run", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8
+                )
+                continue
+            points = [run.last for run in model.runs if run.last is not None]
+            axes.plot(points, [row] * len(points), ".", color=color, alpha=0.35, markersize=7)
+            axes.errorbar(average, row, xerr=deviation or 0, fmt="o", color=color, capsize=3, markersize=5)
+            if setting is base:
+                axes.axvline(average, color=color, linewidth=1, alpha=0.6)
+        axes.set_yticks(range(len(members)), [s.name for s in members], fontsize=9, parse_math=False)
+        axes.set_ylim(len(members) - 0.5, -0.5)
+        axes.grid(alpha=0.3, axis="x")
+    panels[-1].set_xlabel("Top-1 after the last epoch (%): mean ± standard deviation over seeds, dots: runs")
+    return figure
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML file, folder of them, or glob")
+    parser.add_argument("--base", metavar="FILE", help="compare all with this config (default: what their BASE names)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--epochs", type=int, help="TRAIN.EPOCHS, with the warm-up shortened in proportion")
+    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="per run, under torchrun (default: 1)")
+    parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="(default: output/ablation)")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set in all runs"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--print", action="store_true", help="print the commands of what is not finished, run nothing")
+    action.add_argument("--report", action="store_true", help="only tabulate what is there")
+    args = parser.parse_args()
+    if len(args.opts) % 2:
+        parser.error("--opts takes pairs of a key and a value")
+    for key in NAMED_BY_US:
+        if key in args.opts[::2]:
+            parser.error(f"--opts {key}: chosen by this command; see --seeds and --output")
+    for flag, number in (("--epochs", args.epochs), ("--processes", args.processes)):
+        if number is not None and number < 1:
+            parser.error(f"{flag} {number}: accepted: 1 or more")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds {min(args.seeds)}: accepted: 0 or more")
+    args.seeds = list(dict.fromkeys(args.seeds))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    settings = load_settings(args)
+    for setting in settings:
+        for seed in args.seeds:
+            if not (setting.problem or setting.same_as_base):
+                look(setting, seed)
+    if args.print:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
+        for setting, seed in to_train(settings, args.seeds):
+            print(shlex.join(command(setting, seed, args)))
+        for problem in [p for p in problems(settings, args.seeds) if "FAILED" in p]:
+            print(f"error: {problem}", file=sys.stderr)
+        return
+    interrupted = False
+    if not args.report:
+        try:
+            train(settings, args)
+        except Interrupted:
+            interrupted = True
+            print("stopped; the same command goes on", flush=True)
+            for setting in settings:
+                for seed in args.seeds:
+                    if not (setting.problem or setting.same_as_base or seed in setting.failures):
+                        look(setting, seed)
+    files = report(settings, args.seeds)
+    print(f"\n{files['ablation.md']}")
+    save(args.output, files)
+    if interrupted:
+        sys.exit(EXIT_STATUS)
+    sys.exit(1 if problems(settings, args.seeds) else 0)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

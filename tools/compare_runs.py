@@ -1,0 +1,362 @@
+"""Compare training runs: accuracy against parameters and multiply-adds, learning curves, and where configs differ.
+
+    python tools/compare_runs.py output/*/default
+    python tools/compare_runs.py output --output comparison
+
+A folder is a run's (with its config.yaml) or is searched for runs. Runs that differ in their seed alone are one model:
+a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4), curves.png,
+runs.md and runs.csv, differences.md and differences.csv. Accuracies are top-1 in percent, after the last epoch unless
+it says "best".
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from complexity import Count, model_complexity
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from plot_metrics import Record, read_metrics
+from tables import as_csv, markdown
+
+from config import leaves, load_config
+from utils import UserError, run_entry_point, writing_to
+
+# Where and how a run is kept, which no result depends on
+BOOKKEEPING = (
+    *("OUTPUT", "TAG", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
+    *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME", "MODEL.RESUME"),
+)
+# matplotlib's "tableau-colorblind10"
+COLORS = ("#006BA4", "#FF800E", "#595959", "#5F9ED1", "#C85200", "#A2C8EC", "#898989", "#FFBC79", "#ABABAB", "#CFCFCF")
+
+
+@dataclass
+class Run:
+    """What a run's folder tells.
+
+    Attributes:
+        values: its config by dotted key; empty where it cannot be read.
+        records: one per epoch that is done, as `read_metrics` gives them.
+        problem: why there are no numbers; empty where there are.
+    """
+
+    path: Path
+    config: Any = None
+    values: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    problem: str = ""
+
+    @cached_property
+    def epochs(self) -> int:
+        """Done."""
+        return int(self.records[-1]["epoch"]) if self.records else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has trained to its last epoch and saved that."""
+        if not self.records or self.epochs < self.values["TRAIN.EPOCHS"]:
+            return False
+        # The metrics are written first. Without any checkpoint, they were deleted to save space.
+        last = self.path / f"ckpt_epoch_{self.values['TRAIN.EPOCHS']}.pth"
+        return last.exists() or not (self.path / "last.pth").exists()
+
+    def tops(self) -> list[float]:
+        return [record["top1"] for record in self.records if "top1" in record]
+
+    @property
+    def last(self) -> float | None:
+        return (self.tops() or [None])[-1]
+
+    @property
+    def best(self) -> float | None:
+        return max(self.tops(), default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without evaluation."""
+        return sum(record.get("seconds", 0.0) for record in self.records)
+
+    @property
+    def speed(self) -> float | None:
+        """Images per second in training, of the median epoch."""
+        return median([r["images_per_second"] for r in self.records if "images_per_second" in r] or [0]) or None
+
+
+def read_run(path: Path) -> Run:
+    """A run's folder; what cannot be read is said in `problem`."""
+    run = Run(path)
+    try:
+        run.config, _ = load_config(path / "config.yaml")
+        run.values = leaves(run.config)
+        if not (path / "metrics.jsonl").exists():
+            run.problem = "no metrics.jsonl: not one epoch is done"
+        else:
+            run.records = read_metrics(path / "metrics.jsonl")
+    except (UserError, ValueError, OSError) as error:
+        run.problem = str(error)
+    return run
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs that the folders are or contain, each once.
+
+    Raises:
+        UserError: a folder is none and contains none.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder; accepted: a run's folder, or one to search for runs")
+        inside = [folder] if _is_run(folder) else sorted(path for path in folder.rglob("*") if _is_run(path))
+        if not inside:
+            raise UserError(f"{folder}: has neither config.yaml nor metrics.jsonl, nor has any folder in it; no run")
+        for path in inside:
+            if path.resolve() not in found:
+                found[path.resolve()] = read_run(path)
+    return list(found.values())
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
+
+
+@dataclass
+class Model:
+    """Runs that differ in their seed alone, and where they are kept."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def counted(self) -> list[Run]:
+        """Those that its numbers are of: the finished ones, if there are any."""
+        return [run for run in self.runs if run.finished] or self.runs
+
+    def statistics(self, what: Callable[[Run], float | None]) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation over the runs that have the number; None where there are too few."""
+        numbers = [number for run in self.counted if (number := what(run)) is not None]
+        return mean(numbers) if numbers else None, stdev(numbers) if len(numbers) > 1 else None
+
+    @cached_property
+    def size(self) -> Count | None:
+        """Of its model; None where that cannot be built."""
+        return model_size(self.runs[0].config)
+
+    @property
+    def family(self) -> str:
+        """What shares a colour with it."""
+        values = self.runs[0].values
+        name = values["MODEL.NAME"] if values["MODEL.TYPE"] == "timm" else "strip_mlp"
+        return re.match(r"[A-Za-z]*(_mlp)?", name)[0] or name
+
+
+def as_models(runs: Sequence[Run]) -> list[Model]:
+    """The runs that have a config, those that differ in their seed alone together, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.values:
+            same = {key: value for key, value in run.values.items() if key not in (*BOOKKEEPING, "SEED")}
+            groups.setdefault(repr(same), []).append(run)
+    one_name = len({run.values["MODEL.NAME"] for run in runs if run.values}) == 1
+    models, names = [], set()
+    for members in groups.values():
+        values = members[0].values
+        tag = re.sub(r"_?seed\d+$", "", values["TAG"])
+        parts = [values["MODEL.NAME"]] * (not one_name or not tag) + [tag] * (tag not in ("", "default"))
+        name = " ".join(dict.fromkeys(parts)) or values["MODEL.NAME"]
+        name = str(members[0].path) if name in names else name
+        names.add(name)
+        models.append(Model(name, members))
+    return models
+
+
+_sizes: dict[str, Count | None] = {}
+
+
+def model_size(config: Any) -> Count | None:
+    """Of a config's model, counted once; None where it cannot be built."""
+    values = leaves(config)
+    keys = [key for key in values if key.startswith("MODEL.")] + ["DATA.IMG_SIZE", "DATA.DATASET"]
+    key = repr([values[key] for key in keys if key not in ("MODEL.PRETRAINED", *BOOKKEEPING)])
+    if key not in _sizes:
+        try:
+            _sizes[key] = model_complexity(config).of()
+        except ValueError:
+            _sizes[key] = None
+    return _sizes[key]
+
+
+def with_deviation(average: float | None, deviation: float | None) -> str:
+    """A mean and its standard deviation, for tables."""
+    if average is None:
+        return "-"
+    return f"{average:.2f}" if deviation is None else f"{average:.2f} ± {deviation:.2f}"
+
+
+def whole(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
+
+
+TITLES = ("model", "runs", "epochs", "top-1, %", "best, %", "parameters", "MACs", "images/s", "remark")
+
+
+def table(models: Sequence[Model], runs: Sequence[Run]) -> tuple[str, str]:
+    """One row per model, and one per run without numbers, as Markdown and as CSV."""
+    rows, numbers = [], []
+    for model in models:
+        last, best, speed = (model.statistics(what) for what in (by_last, by_best, by_speed))
+        parameters, macs = (model.size.parameters, model.size.macs) if model.size else (None, None)
+        epochs = min(run.epochs for run in model.counted)
+        remark = _remark(model)
+        cells = (with_deviation(*last), with_deviation(*best), whole(parameters), whole(macs), whole(speed[0]))
+        rows.append((model.name, len(model.counted), epochs, *cells, remark))
+        numbers.append((model.name, len(model.counted), epochs, *last, *best, parameters, macs, speed[0], remark))
+    for run in runs:
+        if not run.values:
+            rows.append((run.path, "-", "-", "-", "-", "-", "-", "-", run.problem))
+            numbers.append((run.path, 0, *(None,) * 8, run.problem))
+    columns = ("model", "runs", "epochs", "top1", "top1_std", "best", "best_std", "parameters", "macs")
+    return markdown(TITLES, rows), as_csv((*columns, "images_per_second", "remark"), numbers)
+
+
+def by_last(run: Run) -> float | None:
+    return run.last
+
+
+def by_best(run: Run) -> float | None:
+    return run.best
+
+
+def by_speed(run: Run) -> float | None:
+    return run.speed
+
+
+def _remark(model: Model) -> str:
+    """What is missing."""
+    remarks = [f"{run.path}: {run.problem}" for run in model.runs if run.problem]
+    for run in model.runs:
+        if not run.problem and not run.finished:
+            remarks.append(f"{run.path}: {run.epochs} of {run.values['TRAIN.EPOCHS']} epochs")
+    return "; ".join(remarks)
+
+
+def differences(models: Sequence[Model]) -> tuple[str, str] | None:
+    """The config values that are not the same in all models, as Markdown and as CSV; None where all are."""
+    values = [model.runs[0].values for model in models]
+    ignored = (*BOOKKEEPING, "SEED", "MODEL.NAME")
+    keys = [
+        key for key in (values[0] if values else ()) if key not in ignored and len({repr(v[key]) for v in values}) > 1
+    ]
+    if not keys:
+        return None
+    rows = [(model.name, *(model.runs[0].values[key] for key in keys)) for model in models]
+    return markdown(("model", *keys), rows), as_csv(("model", *keys), rows)
+
+
+def draw_accuracy(models: Sequence[Model]) -> Figure:
+    """The paper's figure 4: top-1 against parameters and against multiply-adds, one line per family of models."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    shown = [model for model in models if model.size and model.statistics(by_last)[0] is not None]
+    families = list(dict.fromkeys(model.family for model in shown))
+    panels = zip(figure.subplots(1, 2), ("parameters", "macs"), (1e6, 1e9), ("Parameters (M)", "MACs (G)"), strict=True)
+    for axes, what, unit, title in panels:
+        for number, family in enumerate(families):
+            members = sorted((m for m in shown if m.family == family), key=lambda model: getattr(model.size, what))
+            x = [getattr(model.size, what) / unit for model in members]
+            y, deviations = zip(*(model.statistics(by_last) for model in members), strict=True)
+            # Sizes of one architecture are a line; variations of one size are not.
+            line = "-" if len({model.runs[0].values["MODEL.NAME"] for model in members}) == len(members) else ""
+            bars = [deviation or 0 for deviation in deviations]
+            color = COLORS[number % len(COLORS)]
+            axes.errorbar(x, y, bars, color=color, marker="o", linestyle=line, capsize=3, label=family)
+            for model, left, height in zip(members, x, y, strict=True):
+                label = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 8, "parse_math": False}
+                axes.annotate(model.name, (left, height), **label)
+        axes.set_xlabel(title, fontsize=12)
+        axes.set_ylabel("Top-1 (%)", fontsize=12)
+        axes.margins(0.15)
+        axes.grid(alpha=0.3)
+        if not shown:
+            axes.text(0.5, 0.5, "no run has an accuracy yet", transform=axes.transAxes, ha="center")
+    if len(families) > 1:
+        axes.legend(fontsize=10)
+    return figure
+
+
+def draw_curves(models: Sequence[Model]) -> Figure:
+    """Top-1 and training loss against the epoch, the mean over the seeds of each model."""
+    figure = Figure(figsize=(15, max(5.0, 0.24 * len(models))), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for number, model in enumerate(models):
+        style = {"color": COLORS[number % len(COLORS)], "linestyle": ("-", "--", ":", "-.")[number // len(COLORS) % 4]}
+        for axes, key in ((accuracy, "top1"), (loss, "train_loss")):
+            _draw_mean(axes, model, key, {**style, "linewidth": 1.6})
+    for axes, title in ((accuracy, "Validation top-1 (%)"), (loss, "Training loss (nats)")):
+        axes.set_xlabel("Epoch", fontsize=12)
+        axes.set_ylabel(title, fontsize=12)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    handles, labels = accuracy.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _draw_mean(axes: Axes, model: Model, key: str, style: dict[str, Any]) -> None:
+    by_epoch: dict[float, list[float]] = {}
+    for run in model.runs:
+        for record in run.records:
+            if key in record:
+                by_epoch.setdefault(record["epoch"], []).append(record[key])
+    if by_epoch:
+        epochs = sorted(by_epoch)
+        label = model.name.replace("$", r"\$")
+        marker = "o" if len(epochs) == 1 else ""
+        axes.plot(epochs, [mean(by_epoch[epoch]) for epoch in epochs], label=label, marker=marker, **style)
+
+
+def save(folder: Path, files: dict[str, str | Figure]) -> None:
+    """Writes texts and figures into a folder, made if need be, and prints their names."""
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if isinstance(content, Figure):
+                content.savefig(folder / name, dpi=130)
+            else:
+                (folder / name).write_text(content, encoding="utf-8")
+            print(folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders to search for runs")
+    parser.add_argument("--output", type=Path, default=Path("comparison"), help="where to write (default: comparison)")
+    args = parser.parse_args()
+    runs = find_runs(args.folders)
+    models = as_models(runs)
+    overview, overview_csv = table(models, runs)
+    print(overview)
+    files: dict[str, str | Figure] = {"runs.md": overview, "runs.csv": overview_csv}
+    different = differences(models)
+    if different:
+        print(different[0])
+        files |= {"differences.md": different[0], "differences.csv": different[1]}
+    elif len(models) > 1:
+        print("the configs are the same\n")
+    files |= {"accuracy.png": draw_accuracy(models), "curves.png": draw_curves(models)}
+    save(args.output, files)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,298 @@
+"""Where a model's parameters, multiply-adds, activations and memory are: per stage and block, for any config.
+
+    python tools/complexity.py --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml
+    python tools/complexity.py --cfg configs/peers/swin_tiny.yaml --csv swin_tiny.csv
+    python tools/complexity.py --table1
+
+No data, no weights and no arithmetic are needed: PyTorch's meta device runs the model on shapes alone. --table1 counts
+the modules behind the Strip-MLP paper's table 1 and prints what they give beside what the paper says.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import timm
+import torch
+from tables import as_csv, markdown
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from config import load_config
+from models import build_model
+from utils import UserError, run_entry_point, writing_to
+
+# Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
+CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
+BATCH = 2  # the least with which BatchNorm trains on a 1 x 1 map
+
+
+@dataclass
+class Count:
+    """Of one module with all inside it; activations and memory per image."""
+
+    parameters: int = 0
+    macs: int = 0  # multiply-adds of convolutions, matrix products and attention
+    activations: int = 0  # elements of their outputs
+    weight_bytes: int = 0
+    saved_bytes: int = 0  # kept for the backward pass
+
+    def __iadd__(self, other: "Count") -> "Count":
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
+
+
+class Complexity:
+    """Counts of a model, by module.
+
+    Args:
+        model: is moved to the meta device, where it stays.
+        img_size: (height, width) of the images in pixels.
+        in_chans: their channels.
+    """
+
+    def __init__(self, model: nn.Module, img_size: tuple[int, int], in_chans: int = 3):
+        self.model = model.to("meta").train()
+        self._counts: dict[str, Count] = defaultdict(Count)  # by module, without the modules inside it
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                self._counts[name].parameters += parameter.numel()
+                self._counts[name].weight_bytes += parameter.numel() * parameter.element_size()
+        _Watch(model, self._counts).run(torch.empty(BATCH, in_chans, *img_size, device="meta"))
+
+    def of(self, name: str = "") -> Count:
+        """Of the module of that name with all inside it; of the whole model without a name."""
+        total = Count()
+        for path, count in self._counts.items():
+            if not name or path == name or path.startswith(f"{name}."):
+                total += count
+        return total
+
+    def rows(self) -> Iterator[tuple[str, str, Count]]:
+        """(kind, name, count) of the stages, each before its blocks, and of everything between them; the model last.
+
+        A stage is what timm's `feature_info` says, except in networks that are one row of blocks, where it says blocks.
+        """
+        stages = {info["module"] for info in self.model.feature_info}
+        for kind, name in _walk("", self.model, stages):
+            count = self.of(name)
+            if count != Count():
+                yield kind, name, count
+        yield "model", "total", self.of()
+
+
+def _walk(name: str, module: nn.Module, stages: set[str]) -> Iterator[tuple[str, str]]:
+    """(kind, name) of everything that is listed of a module."""
+    parts = [(f"{name}.{child}".removeprefix("."), part) for child, part in module.named_children()]
+    if name in stages and name.startswith("blocks."):
+        yield "block", name
+    elif name in stages and parts:
+        yield "stage", name
+        for path, part in parts:
+            if isinstance(part, nn.Sequential | nn.ModuleList):
+                yield from (("block", f"{path}.{child}") for child, _ in part.named_children())
+            else:
+                yield "block", path
+    elif not name or isinstance(module, nn.ModuleList) or any(stage.startswith(f"{name}.") for stage in stages):
+        for path, part in parts:
+            yield from _walk(path, part, stages)
+    else:
+        yield "", name
+
+
+class _Watch(TorchDispatchMode):
+    """Adds what happens in a forward pass to the counts of the module in which it happens."""
+
+    def __init__(self, model: nn.Module, counts: dict[str, Count]):
+        super().__init__()
+        self._model, self._counts = model, counts
+        self._inside = [""]
+        self._seen = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def run(self, images: torch.Tensor) -> None:
+        hooks = []
+        for name, module in self._model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name)))
+            hooks.append(module.register_forward_hook(self._leave))
+        self._seen.add(_storage(images))
+        try:
+            with self, saved_tensors_hooks(self._save, lambda tensor: tensor):
+                self._model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _leave(self, *_) -> None:
+        self._inside.pop()
+
+    def _save(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Tensors that share memory, and those that two operations need, are kept once.
+        storage = _storage(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self._counts[self._inside[-1]].saved_bytes += tensor.untyped_storage().nbytes() // BATCH
+        return tensor  # stays in the graph, so that its storage's address is not used again
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        flops = flop_registry.get(func._overloadpacket)
+        if flops is None:
+            with self:  # what it is made of may be counted, as PyTorch's own FlopCounterMode does
+                result = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs)
+        count = self._counts[self._inside[-1]]
+        count.macs += flops(*args, **kwargs, out_val=result) // 2 // BATCH
+        output = result[0] if isinstance(result, tuple | list) else result
+        count.activations += output.numel() // BATCH
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def with_known_classes(config):
+    """The config with a MODEL.NUM_CLASSES of its own, or else as many as its data set usually has."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or CLASSES.get(config.DATA.DATASET, 1000)
+    return config
+
+
+def model_complexity(config) -> Complexity:
+    """Of the model of a config.
+
+    Raises:
+        ValueError: the model cannot be built.
+    """
+    config = with_known_classes(config)
+    config.TRAIN.USE_CHECKPOINT = False  # which hides what is kept for the backward pass
+    return Complexity(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:,.2f}"
+
+
+def report(complexity: Complexity) -> str:
+    rows = [
+        (
+            f"**{name}**" if kind in ("stage", "model") else name,
+            f"{count.parameters:,}",
+            f"{count.macs:,}",
+            f"{count.activations:,}",
+            megabytes(count.weight_bytes),
+            megabytes(count.saved_bytes),
+        )
+        for kind, name, count in complexity.rows()
+    ]
+    titles = ("module", "parameters", "MACs", "activations", "weights, MiB", "kept for backward, MiB")
+    return markdown(titles, rows)
+
+
+def table1() -> str:
+    """The paper's table 1, stage by stage for the base models at 224 x 224, and its four figures beside ours."""
+    sparse = Complexity(timm.create_model("sparse_mlp_base"), (224, 224))
+    strip = Complexity(timm.create_model("strip_mlp_base"), (224, 224))
+    rows, shares = [], []
+    for stage in range(4):
+        mixing, name = sparse.model.stages[stage][0].token_mixing, f"stages.{stage}.0.token_mixing"
+        cgsmm, cgsmm_name = strip.model.stages[stage][0].token_mixing.cgsmm, f"stages.{stage}.0.token_mixing.cgsmm"
+        # As the paper counts: weights without biases.
+        tokens = mixing.mix_h.weight.numel() + mixing.mix_w.weight.numel()
+        token_macs = sparse.of(f"{name}.mix_h").macs + sparse.of(f"{name}.mix_w").macs
+        fusion, fusion_macs = mixing.fuse.weight.numel(), sparse.of(f"{name}.fuse").macs
+        one = cgsmm.strip_h.weight.numel()
+        both = one + cgsmm.strip_w.weight.numel()
+        strip_fusion = strip.of(f"{cgsmm_name}.fuse_h").parameters + strip.of(f"{cgsmm_name}.fuse_w").parameters
+        shares.append(
+            (tokens, token_macs / (token_macs + fusion_macs), one / (one + strip_fusion), both / (both + strip_fusion))
+        )
+        rows.append(
+            (
+                stage + 1,
+                mixing.fuse.out_channels,
+                mixing.mix_w.out_features,
+                f"{tokens:,}",
+                f"{tokens / (tokens + fusion):.2%}",
+                f"{shares[-1][1]:.2%}",
+                f"{one:,}",
+                f"{shares[-1][2]:.2%}",
+                f"{shares[-1][3]:.2%}",
+            )
+        )
+    titles = (
+        *("stage", "C", "H = W", "Sparse MLP: interaction", "of parameters", "of MACs"),
+        *("CGSMM: one direction", "of parameters", "both directions, of parameters"),
+    )
+    first, last = shares[0], shares[-1]
+    rounded = round(first[0] / 1000, 2) / round(last[0] / 1000, 2)
+    figures = [
+        ("Sparse MLP, stage 4: parameters of the interaction", "0.10 k", f"{last[0] / 1000:.2f} k ({last[0]})"),
+        (
+            "as many times fewer than in stage 1",
+            "62.7x",
+            f"{first[0] / last[0]:.1f}x ({first[0]:,} / {last[0]}); {rounded:.1f}x from figures rounded to 0.01 k",
+        ),
+        ("its share of the MACs of interaction and fusion", "0.52 %", f"{100 * last[1]:.2f} %"),
+        (
+            "CGSMM, stage 4: share of the parameters of interaction and fusion",
+            "2.01 %",
+            f"{100 * last[2]:.2f} % (one direction, both fusions); {100 * last[3]:.2f} % with both directions",
+        ),
+    ]
+    return markdown(titles, rows) + "\n" + markdown(("figure", "published", "counted"), figures)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="FILE", help="YAML config file")
+    what.add_argument("--table1", action="store_true", help="the paper's table 1, counted")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set"
+    )
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.table1:
+        print(table1(), end="")
+        return
+    config, notes = load_config(args.cfg, args.opts)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    try:
+        complexity = model_complexity(config)
+    except ValueError as error:
+        raise UserError(f"the model of the config cannot be built: {error}") from error
+    total = complexity.of()
+    batch = config.DATA.BATCH_SIZE
+    print(report(complexity), end="")
+    # Weights, gradients and AdamW's two moments, and what the forward pass keeps.
+    training = 4 * total.weight_bytes + batch * total.saved_bytes
+    print(
+        f"\nper {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE} image, float32; training with AdamW at batch {batch} "
+        f"holds at least {training / 2**30:.2f} GiB (weights, gradients, moments, what is kept for the backward pass)"
+    )
+    if args.csv:
+        titles = ("kind", "module", *(field.name for field in fields(Count)))
+        rows = [(kind, name, *vars(count).values()) for kind, name, count in complexity.rows()]
+        with writing_to(args.csv):
+            args.csv.write_text(as_csv(titles, rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
