@@ -233,6 +233,7 @@ class StripMixingBlock(nn.Module):
     ):
         super().__init__()
         check_choice("branches", branches, BRANCHES)
+        check_choice("cgsmm_structure", cgsmm_structure, CGSMM_STRUCTURES)
         half = dim // 2
         q = half if patch_channels == -1 else patch_channels
         self.norm = nn.BatchNorm2d(dim)

@@ -10,6 +10,7 @@ Letters: N images, C channels of a stage, C' = C / 2 channels of one half, H x W
 P = C' / q patches, m the strip width.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,11 @@ class Spec:
     strip_width: int = 3
     patch_size: int = 4
     in_chans: int = 3
+    cgsmm_structure: str = "cascade"
+    branches: str = "both"
+    position_tables: bool = True
+    multi_scale_shortcuts: bool = True
+    grn: bool = True
 
     @property
     def widths(self) -> list[int]:
@@ -121,16 +127,20 @@ def strip_mlp_columns(p: Params, name: str, x: Tensor, q: int) -> Tensor:
     return x.reshape(n, c, h, w)
 
 
-def cgsmm(p: Params, name: str, u: Tensor, q: int, training: bool) -> Tensor:
-    """Cascade group strip mixing module: rows first, then columns on the result."""
+def cgsmm(p: Params, name: str, u: Tensor, spec: Spec, training: bool) -> Tensor:
+    """Cascade group strip mixing module: rows first, then columns on the result; or both on u."""
     h, w = u.shape[2:]
-    pos_h = relative_position(p[f"{name}.relate_pos_h.embeddings_table"], h, w)
-    pos_w = relative_position(p[f"{name}.relate_pos_w.embeddings_table"], h, w)
+    q = u.shape[1] if spec.patch_channels == -1 else spec.patch_channels
+    pos_h = pos_w = 0
+    if spec.position_tables:
+        pos_h = relative_position(p[f"{name}.relate_pos_h.embeddings_table"], h, w)
+        pos_w = relative_position(p[f"{name}.relate_pos_w.embeddings_table"], h, w)
     rows = strip_mlp_rows(p, f"{name}.proj_h", u + pos_h, q)
     z = conv(p, f"{name}.fuse_h", torch.cat([rows, u], dim=1))  # 2C' -> C'
-    z = F.gelu(batch_norm(p, f"{name}.BN", z, training)) + pos_w
-    columns = strip_mlp_columns(p, f"{name}.proj_w", z, q)
-    return conv(p, f"{name}.fuse_w", torch.cat([u, columns], dim=1))  # 2C' -> C'
+    z = F.gelu(batch_norm(p, f"{name}.BN", z, training))
+    first, second = (u, z) if spec.cgsmm_structure == "cascade" else (z, u)
+    columns = strip_mlp_columns(p, f"{name}.proj_w", second + pos_w, q)
+    return conv(p, f"{name}.fuse_w", torch.cat([first, columns], dim=1))  # 2C' -> C'
 
 
 def lsmm(p: Params, name: str, v: Tensor) -> Tensor:
@@ -144,25 +154,29 @@ def lsmm(p: Params, name: str, v: Tensor) -> Tensor:
     return weights[..., 0] * b + weights[..., 1] * a + weights[..., 2] * v
 
 
-def strip_mixing_block(p: Params, name: str, x: Tensor, q: int, training: bool) -> Tensor:
+def strip_mixing_block(p: Params, name: str, x: Tensor, spec: Spec, training: bool) -> Tensor:
     y = F.gelu(batch_norm(p, f"{name}.dwsc.conv_merge.BN", x, training))
     y = depthwise(p, f"{name}.dwsc.conv_merge.Conv", y, padding=1)
     y = conv(p, f"{name}.smlp_block.mlp.0", y)
     y = F.gelu(batch_norm(p, f"{name}.smlp_block.mlp.1", y, training))
     u, v = y.chunk(2, dim=1)  # (N, C, H, W) -> twice (N, C', H, W)
-    y = torch.cat([cgsmm(p, f"{name}.smlp_block", u, q, training), lsmm(p, f"{name}.smlp_block", v)], dim=1)
-    return conv(p, f"{name}.smlp_block.fuse", y)
+    if spec.branches != "lsmm":
+        u = cgsmm(p, f"{name}.smlp_block", u, spec, training)
+    if spec.branches != "cgsmm":
+        v = lsmm(p, f"{name}.smlp_block", v)
+    return conv(p, f"{name}.smlp_block.fuse", torch.cat([u, v], dim=1))
 
 
 # Channel mixing block
 
 
-def channel_mixing_block(p: Params, name: str, x: Tensor) -> Tensor:
+def channel_mixing_block(p: Params, name: str, x: Tensor, spec: Spec) -> Tensor:
     y = depthwise(p, f"{name}.conv_77", x, padding=3)
     y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
     y = layer_norm(p, f"{name}.layer_norm", y)
     y = F.gelu(linear(p, f"{name}.fc1", y))  # C -> alpha C
-    y = grn(p, f"{name}.grn", y)
+    if spec.grn:
+        y = grn(p, f"{name}.grn", y)
     y = linear(p, f"{name}.fc2", y)  # alpha C -> C
     return y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
@@ -174,8 +188,8 @@ def blocks(p: Params, stage: int, x: Tensor, spec: Spec, training: bool) -> Tens
     """The blocks of stage 1, 2, 3 or 4."""
     for i in range(spec.depths[stage - 1]):
         name = f"blocks{stage}.{i}"
-        x = x + strip_mixing_block(p, f"{name}.token_mixing", x, spec.patch_channels, training)
-        x = x + channel_mixing_block(p, f"{name}.channel_mixing", x)
+        x = x + strip_mixing_block(p, f"{name}.token_mixing", x, spec, training)
+        x = x + channel_mixing_block(p, f"{name}.channel_mixing", x, spec)
     return x
 
 
@@ -186,12 +200,15 @@ def forward(params: Params, images: Tensor, spec: Spec, training: bool = False) 
     y1 = blocks(p, 1, x, spec, training)
 
     m2 = conv(p, "merging1", y1, stride=2)  # (N, 2C, H/2, W/2)
-    a = depthwise(p, "conv_s1_28", m2, stride=2)  # (N, 4C, H/4, W/4), two outputs per channel
-    b = depthwise(p, "conv_s1_14", a, stride=2)  # (N, 8C, H/8, W/8)
+    a = b = c = 0
+    if spec.multi_scale_shortcuts:
+        a = depthwise(p, "conv_s1_28", m2, stride=2)  # (N, 4C, H/4, W/4), two outputs per channel
+        b = depthwise(p, "conv_s1_14", a, stride=2)  # (N, 8C, H/8, W/8)
     y2 = blocks(p, 2, m2, spec, training)
 
     m3 = conv(p, "merging2", y2, stride=2)  # (N, 4C, H/4, W/4)
-    c = depthwise(p, "conv_s2_14", m3, stride=2)  # (N, 8C, H/8, W/8)
+    if spec.multi_scale_shortcuts:
+        c = depthwise(p, "conv_s2_14", m3, stride=2)  # (N, 8C, H/8, W/8)
     y3 = blocks(p, 3, m3 + a, spec, training)
 
     m4 = conv(p, "merging3", y3, stride=2)  # (N, 8C, H/8, W/8)
@@ -223,7 +240,7 @@ def norm_shapes(name: str, width: int, running: bool = True) -> list[tuple[str, 
 
 def block_shapes(name: str, c: int, h: int, w: int, spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
     half, hidden, m = c // 2, spec.alpha * c, spec.strip_width
-    patches = half // spec.patch_channels
+    patches = 1 if spec.patch_channels == -1 else half // spec.patch_channels
     strip, dwsc, channel = f"{name}.token_mixing.smlp_block", f"{name}.token_mixing.dwsc", f"{name}.channel_mixing"
     return [
         *norm_shapes(f"{strip}.BN", half),
@@ -259,7 +276,19 @@ def block_shapes(name: str, c: int, h: int, w: int, spec: Spec) -> list[tuple[st
 
 
 def state_dict_shapes(spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a released checkpoint's entries, in its order."""
+    """Names and shapes of a released checkpoint's entries, in its order, without those of what the spec leaves out."""
+    cgsmm = r"token_mixing\.smlp_block\.(BN|proj_[hw]|fuse_[hw]|relate_pos_[hw])\."
+    left_out = [
+        *([r"^conv_s"] if not spec.multi_scale_shortcuts else []),
+        *([r"\.grn\."] if not spec.grn else []),
+        *([r"\.relate_pos_"] if not spec.position_tables else []),
+        *([cgsmm] if spec.branches == "lsmm" else []),
+        *([r"token_mixing\.smlp_block\.(fc_[hw]|reweight)\."] if spec.branches == "cgsmm" else []),
+    ]
+    return [entry for entry in all_shapes(spec) if not any(re.search(pattern, entry[0]) for pattern in left_out)]
+
+
+def all_shapes(spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
     c1, c2, c3, c4 = spec.widths
     shapes = [("patch_embed.weight", (c1, spec.in_chans, spec.patch_size, spec.patch_size))]
     for stage, (depth, width, (h, w)) in enumerate(zip(spec.depths, spec.widths, spec.maps, strict=True), start=1):

@@ -46,6 +46,14 @@ CASES = {
     "strip-width-7": literal.Spec(**TOY, strip_width=7),
     "one-channel-patches": literal.Spec(**{**TOY, "patch_channels": 1}),
     "one-patch": literal.Spec(**{**TOY, "patch_channels": 8}),
+    "one-patch-everywhere": literal.Spec(**{**TOY, "patch_channels": -1}),
+    "parallel": literal.Spec(**TOY, cgsmm_structure="parallel"),
+    "parallel-wide": literal.Spec(**{**TOY, "img_size": (64, 96)}, cgsmm_structure="parallel"),
+    "cgsmm-only": literal.Spec(**TOY, branches="cgsmm"),
+    "lsmm-only": literal.Spec(**TOY, branches="lsmm"),
+    "no-position-tables": literal.Spec(**TOY, position_tables=False),
+    "no-shortcuts": literal.Spec(**TOY, multi_scale_shortcuts=False),
+    "no-grn": literal.Spec(**TOY, grn=False),
     "alpha-2": literal.Spec(**TOY, alpha=2),
     "grey": literal.Spec(**TOY, in_chans=1),
     "patch-size-2": literal.Spec(**{**TOY, "img_size": 32}, patch_size=2),
@@ -306,6 +314,28 @@ def test_strip_mlp_layer(m):
 def test_size_at_224(variant, num_params, macs):
     with torch.device("meta"):  # shapes without the arithmetic
         check_size(timm.create_model(variant), 224, num_params, macs)
+
+
+# Of T* at 224 x 224, as the README gives them.
+@pytest.mark.parametrize(
+    ("arguments", "num_params", "macs"),
+    [
+        ({"strip_width": 1}, 17_052_240, 2_436_931_840),
+        ({"strip_width": 5}, 19_435_600, 2_600_254_720),
+        ({"strip_width": 7}, 20_627_280, 2_681_916_160),
+        ({"patch_channels": 1}, 20_058_320, 2_518_593_280),
+        ({"patch_channels": -1}, 16_484_736, 2_518_593_280),
+        ({"cgsmm_structure": "parallel"}, 18_243_920, 2_518_593_280),
+        ({"branches": "cgsmm"}, 17_411_400, 2_492_819_200),
+        ({"branches": "lsmm"}, 14_817_040, 2_155_256_320),
+        ({"position_tables": False}, 18_132_720, 2_518_593_280),
+        ({"multi_scale_shortcuts": False}, 18_237_520, 2_518_091_520),
+        ({"grn": False}, 18_221_840, 2_518_593_280),
+    ],
+)
+def test_size_of_ablations(arguments, num_params, macs):
+    with torch.device("meta"):
+        check_size(timm.create_model("strip_mlp_tiny_light", **arguments), 224, num_params, macs)
 
 
 def test_size(small_reference):
@@ -712,13 +742,28 @@ def test_no_classes(toy):
         ({"patch_channels": 7, "embed_dim": 96}, [7, 48, 6, 8]),
         ({"patch_channels": 64, "embed_dim": 80}, [64, 40]),
         ({"patch_channels": 0, "embed_dim": 80}, [0, 1]),
+        ({"patch_channels": -2, "embed_dim": 80}, [-2, 1]),
     ],
 )
 def test_bad_arguments(arguments, numbers):
     with pytest.raises(ValueError) as error:
         StripMLP(**{"img_size": 64, "depths": (1, 1, 1, 1), **arguments})
-    found = re.findall(r"\d+", str(error.value))
+    found = re.findall(r"-?\d+", str(error.value))
     assert {str(number) for number in numbers} <= set(found), error.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "accepted"),
+    [
+        ({"cgsmm_structure": "serial"}, ["'serial'", "'cascade'", "'parallel'"]),
+        ({"branches": "none"}, ["'none'", "'both'", "'cgsmm'", "'lsmm'"]),
+        ({"branches": "lsmm", "cgsmm_structure": "serial"}, ["'serial'", "'cascade'"]),
+    ],
+)
+def test_unknown_choices(arguments, accepted):
+    with pytest.raises(ValueError) as error:
+        StripMLP(**{**TOY, **arguments})
+    assert all(word in str(error.value) for word in accepted), error.value
 
 
 def test_images_of_another_size(toy):

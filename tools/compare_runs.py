@@ -12,6 +12,7 @@ it says "best".
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -163,11 +164,15 @@ class Model:
 
 def as_models(runs: Sequence[Run]) -> list[Model]:
     """The runs that have a config, those that differ in their seed alone together, in the order given."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[tuple[str, int], list[Run]] = {}
+    times = Counter()
     for run in runs:
         if run.values:
-            same = {key: value for key, value in run.values.items() if key not in (*BOOKKEEPING, "SEED")}
-            groups.setdefault(repr(same), []).append(run)
+            same = repr([value for key, value in run.values.items() if key not in (*BOOKKEEPING, "SEED")])
+            seed = run.values["SEED"]
+            # A second run with the same seed is no sample of its own: it is kept apart.
+            groups.setdefault((same, times[same, seed]), []).append(run)
+            times[same, seed] += 1
     one_name = len({run.values["MODEL.NAME"] for run in runs if run.values}) == 1
     models, names = [], set()
     for members in groups.values():
