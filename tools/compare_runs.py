@@ -270,33 +270,50 @@ def differences(models: Sequence[Model]) -> tuple[str, str] | None:
 
 
 def draw_accuracy(models: Sequence[Model]) -> Figure:
-    """The paper's figure 4: top-1 against parameters and against multiply-adds, one line per family of models."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    """The paper's figure 4: top-1 against parameters and against multiply-adds. Models of one family that differ in
+    name are a line; variations of one model are points."""
+    figure = Figure(figsize=(15, 5.5), layout="constrained")
     shown = [model for model in models if model.size and model.statistics(by_last)[0] is not None]
-    families = list(dict.fromkeys(model.family for model in shown))
-    panels = zip(figure.subplots(1, 2), ("parameters", "macs"), (1e6, 1e9), ("Parameters (M)", "MACs (G)"), strict=True)
-    for axes, what, unit, title in panels:
-        for number, family in enumerate(families):
-            members = sorted((m for m in shown if m.family == family), key=lambda model: getattr(model.size, what))
+    families: dict[str, list[Model]] = {}
+    for model in shown:
+        families.setdefault(model.family, []).append(model)
+    lines: dict[str, list[Model]] = {}
+    for family, members in families.items():
+        is_line = len({model.runs[0].values["MODEL.NAME"] for model in members}) == len(members)
+        lines |= {family: members} if is_line else {model.name: [model] for model in members}
+    for axes, what, name in zip(figure.subplots(1, 2), ("parameters", "macs"), ("Parameters", "MACs"), strict=True):
+        most = max((getattr(model.size, what) for model in shown), default=0)
+        unit, prefix = (1e9, "G") if most >= 1e9 else (1e6, "M")
+        for number, (label, unsorted) in enumerate(lines.items()):
+            members = sorted(unsorted, key=lambda model: getattr(model.size, what))
             x = [getattr(model.size, what) / unit for model in members]
             y, deviations = zip(*(model.statistics(by_last) for model in members), strict=True)
-            # Sizes of one architecture are a line; variations of one size are not.
-            line = "-" if len({model.runs[0].values["MODEL.NAME"] for model in members}) == len(members) else ""
-            bars = [deviation or 0 for deviation in deviations]
-            color = COLORS[number % len(COLORS)]
-            axes.errorbar(x, y, bars, color=color, marker="o", linestyle=line, capsize=3, label=family)
-            for model, left, height in zip(members, x, y, strict=True):
-                label = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 8, "parse_math": False}
-                axes.annotate(model.name, (left, height), **label)
-        axes.set_xlabel(title, fontsize=12)
+            style = {"color": COLORS[number % len(COLORS)], "marker": "os^Dv"[number // len(COLORS) % 5], "capsize": 3}
+            axes.errorbar(x, y, [deviation or 0 for deviation in deviations], label=plain(label), **style)
+            for model, point in zip(members, zip(x, y, strict=True), strict=True):
+                if model.name != label:
+                    offset = {"textcoords": "offset points", "xytext": (6, 4)}
+                    axes.annotate(model.name, point, fontsize=8, parse_math=False, **offset)
+        axes.set_xlabel(f"{name} ({prefix})", fontsize=12)
         axes.set_ylabel("Top-1 (%)", fontsize=12)
         axes.margins(0.15)
         axes.grid(alpha=0.3)
         if not shown:
             axes.text(0.5, 0.5, "no run has an accuracy yet", transform=axes.transAxes, ha="center")
-    if len(families) > 1:
-        axes.legend(fontsize=10)
+    _legend(figure)
     return figure
+
+
+def plain(name: str) -> str:
+    """A name for legends, whose "$" matplotlib would read as a formula."""
+    return name.replace("$", r"\$")
+
+
+def _legend(figure: Figure) -> None:
+    """Beside the panels, which have the same."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9)
 
 
 def draw_curves(models: Sequence[Model]) -> Figure:
@@ -312,9 +329,7 @@ def draw_curves(models: Sequence[Model]) -> Figure:
         axes.set_ylabel(title, fontsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-    handles, labels = accuracy.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    _legend(figure)
     return figure
 
 
@@ -326,9 +341,8 @@ def _draw_mean(axes: Axes, model: Model, key: str, style: dict[str, Any]) -> Non
                 by_epoch.setdefault(record["epoch"], []).append(record[key])
     if by_epoch:
         epochs = sorted(by_epoch)
-        label = model.name.replace("$", r"\$")
         marker = "o" if len(epochs) == 1 else ""
-        axes.plot(epochs, [mean(by_epoch[epoch]) for epoch in epochs], label=label, marker=marker, **style)
+        axes.plot(epochs, [mean(by_epoch[epoch]) for epoch in epochs], label=plain(model.name), marker=marker, **style)
 
 
 def save(folder: Path, files: dict[str, str | Figure]) -> None:
