@@ -43,7 +43,7 @@ from stopping import EXIT_STATUS
 from utils import UserError, run_entry_point, writing_to
 
 NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
-SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
+SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
 
 
 @dataclass(eq=False)
@@ -76,7 +76,9 @@ class Setting:
     def changes(self) -> dict[str, Any]:
         """The values that differ from the base's."""
         before = self.base.values if self.base else self.values
-        ignored = (*BOOKKEEPING, "SEED", "MODEL.NAME")
+        ignored = [*BOOKKEEPING, "SEED"]
+        if self.values.get("MODEL.TYPE") != "timm":  # where the name is the model
+            ignored.append("MODEL.NAME")
         return {key: value for key, value in self.values.items() if key not in ignored and value != before.get(key)}
 
     @property

@@ -36,7 +36,7 @@ from utils import UserError, run_entry_point, writing_to
 # Where and how a run is kept, which no result depends on
 BOOKKEEPING = (
     *("OUTPUT", "TAG", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
-    *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME", "MODEL.RESUME"),
+    *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME"),
 )
 # matplotlib's "tableau-colorblind10"
 COLORS = ("#006BA4", "#FF800E", "#595959", "#5F9ED1", "#C85200", "#A2C8EC", "#898989", "#FFBC79", "#ABABAB", "#CFCFCF")
