@@ -143,6 +143,61 @@ def test_released_file(variant, dataset):
     assert geometry == list(VARIANTS[variant][:3])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("CGSMM_STRUCTURE", "serial", "cascade, parallel"),
+        ("BRANCHES", "none", "both, cgsmm, lsmm"),
+        ("STRIP_WIDTH", "4", "1, 3, 5, 7, ..."),
+        ("PATCH_CHANNELS", "-2", "channels per patch, 0 for the released rule, or -1 for one patch"),
+        ("GRN", "perhaps", "True or False"),
+        ("POSITION_TABLES", "perhaps", "True or False"),
+        ("MULTI_SCALE_SHORTCUTS", "perhaps", "True or False"),
+    ],
+)
+def test_keys_of_ablations_name_what_they_accept(key, value, accepted):
+    message = refused(CONFIGS / "strip_mlp_pico_digits.yaml", ["MODEL.STRIP_MLP." + key, value])
+    assert f"MODEL.STRIP_MLP.{key} is " in message
+    assert message.endswith(f"accepted: {accepted}")
+
+
+@pytest.mark.parametrize("file", ["smlp_small_alpha3_patch4_224_cifar100", "strip_mlp_pico_digits"])
+def test_released_values_of_the_keys_of_ablations(file):
+    config, _ = load_config(CONFIGS / f"{file}.yaml")
+    keys = config.MODEL.STRIP_MLP
+    assert (keys.STRIP_WIDTH, keys.CGSMM_STRUCTURE, keys.BRANCHES) == (3, "cascade", "both")
+    assert keys.POSITION_TABLES and keys.MULTI_SCALE_SHORTCUTS and keys.GRN
+
+
+PEER = "BASE: base.yaml\nMODEL: {TYPE: timm, NAME: resnet50%s}"
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "reported"),
+    [
+        (PEER % "", [], []),
+        (PEER % ", STRIP_MLP: {STRIP_WIDTH: 5}", [], ["STRIP_WIDTH is 5"]),
+        (PEER % ", STRIP_MLP: {STRIP_WIDTH: 3}", [], []),  # the default
+        (PEER % "", ["MODEL.STRIP_MLP.GRN", "False"], ["GRN is False"]),
+        ("BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: cgsmm}}", ["MODEL.STRIP_MLP.STRIP_WIDTH", "5"], []),
+        ("BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: lsmm}}", [], []),
+        (
+            "BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: lsmm, PATCH_CHANNELS: 1}}",
+            ["MODEL.STRIP_MLP.POSITION_TABLES", "False", "MODEL.STRIP_MLP.GRN", "False"],
+            ["PATCH_CHANNELS is 1", "POSITION_TABLES is False"],
+        ),
+    ],
+)
+def test_values_without_effect_on_the_model(write, text, opts, reported):
+    path = write(base="MODEL: {NAME: base, STRIP_MLP: {LAYERS: [1, 1, 1, 1], PATCH_CHANNELS: 2}}", run=text)
+    _, notes = load_config(path, opts)
+    assert [
+        f"MODEL.STRIP_MLP.{words}, which changes nothing, because MODEL." in note
+        for words, note in zip(reported, notes, strict=True)
+    ] == [True] * len(reported), notes
+    assert all(note.startswith((str(path), "--opts")) for note in notes)
+
+
 def test_peak_learning_rate_of_the_paper():
     config, _ = load_config(CONFIGS / "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", ["DATA.BATCH_SIZE", "128"])
     assert config.TRAIN.BASE_LR * lr_scale(config, world_size=8) == pytest.approx(1.7e-3, rel=0.005)
@@ -419,6 +474,8 @@ NAN, INFINITY = float("nan"), float("inf")
         ("MODEL.STRIP_MLP.PATCH_CHANNELS", [-2]),
         ("MODEL.STRIP_MLP.STRIP_WIDTH", [0, 2, -1]),
         ("MODEL.STRIP_MLP.ALPHA", [0, -1, NAN, INFINITY]),
+        ("MODEL.STRIP_MLP.CGSMM_STRUCTURE", ["", "serial", "Cascade"]),
+        ("MODEL.STRIP_MLP.BRANCHES", ["", "none", "cgsmm+lsmm"]),
         ("TRAIN.EPOCHS", [0]),
         ("TRAIN.WARMUP_EPOCHS", [-1, 300, 301]),
         ("TRAIN.WEIGHT_DECAY", [-0.1, NAN, INFINITY]),
@@ -474,6 +531,9 @@ def test_out_of_range(write, key, values):
         ("MODEL.DROP_PATH_RATE", [0.0, 0.99]),
         ("MODEL.STRIP_MLP.STRIP_WIDTH", [1, 3, 5, 7]),
         ("MODEL.STRIP_MLP.PATCH_CHANNELS", [-1, 0, 1]),
+        ("MODEL.STRIP_MLP.CGSMM_STRUCTURE", ["cascade", "parallel"]),
+        ("MODEL.STRIP_MLP.BRANCHES", ["both", "cgsmm", "lsmm"]),
+        ("MODEL.STRIP_MLP.GRN", [True, False]),
         ("TRAIN.WARMUP_EPOCHS", [0, 299]),
         ("TRAIN.CLIP_GRAD", [0.0]),
         ("TRAIN.LR_SCHEDULER.NAME", ["cosine", "linear", "step"]),

@@ -1,7 +1,7 @@
 """Compare training runs: accuracy against parameters and multiply-adds, learning curves, and where configs differ.
 
     python tools/compare_runs.py output/*/default
-    python tools/compare_runs.py output --output comparison
+    python tools/compare_runs.py output --output figures
 
 A folder is a run's (with its config.yaml) or is searched for runs. Runs that differ in their seed alone are one model:
 a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4), curves.png,
@@ -360,7 +360,9 @@ def save(folder: Path, files: dict[str, str | Figure]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders to search for runs")
-    parser.add_argument("--output", type=Path, default=Path("comparison"), help="where to write (default: comparison)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/comparison"), help="where to write (default: output/comparison)"
+    )
     args = parser.parse_args()
     runs = find_runs(args.folders)
     models = as_models(runs)
