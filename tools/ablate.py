@@ -84,8 +84,9 @@ class Setting:
     @property
     def finished(self) -> Model:
         """Its finished runs, or its base's where it is the same."""
-        runs = self.base.runs if self.same_as_base else self.runs
-        return Model(self.name, [run for run in runs.values() if run.finished])
+        if self.same_as_base:
+            return Model(self.name, self.base.finished.runs)
+        return Model(self.name, [run for run in self.runs.values() if run.finished])
 
     @property
     def size(self) -> Count | None:
@@ -164,11 +165,11 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
             base = Path(args.base) if args.base else base_of(path)
         except ConfigError:
             base = None  # which loading the setting meets again, and says
-        if base and base.resolve() not in settings:
-            settings[base.resolve()] = load_setting(base, args)
-        setting = settings.setdefault(path.resolve(), load_setting(path, args))
+        for needed in filter(None, (base, path)):
+            if needed.resolve() not in settings:
+                settings[needed.resolve()] = load_setting(needed, args)
         if base and base.resolve() != path.resolve():
-            setting.base = settings[base.resolve()]
+            settings[path.resolve()].base = settings[base.resolve()]
     # What was given first and turns out to be a base goes before its settings.
     order = sorted(settings.values(), key=lambda setting: setting.base is not None) if args.base else settings.values()
     folders: dict[str, Path] = {}
@@ -280,8 +281,8 @@ class Launcher:
         if self._process and self._process.poll() is None:
             self._process.send_signal(number)
 
-    def run(self, words: list[str], console: Path) -> int:
-        """The command's exit status; what it prints is added to the file `console`.
+    def run(self, words: list[str], console: Path) -> tuple[int, str]:
+        """The command's exit status and what it printed, which is also added to the file `console`.
 
         Raises:
             Interrupted: a signal came; the command has ended.
@@ -290,16 +291,19 @@ class Launcher:
             raise Interrupted
         with writing_to(console):
             console.parent.mkdir(parents=True, exist_ok=True)
-            file = console.open("a", encoding="utf-8")
+            file = console.open("a+", encoding="utf-8", errors="backslashreplace")
         with file:
+            before = file.seek(0, os.SEEK_END)
             # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on once.
             self._process = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True)
             if self._stopping:
                 self._process.terminate()
             status = self._process.wait()
+            file.seek(before)
+            printed = file.read()
         if self._stopping:
             raise Interrupted
-        return status
+        return status, printed
 
 
 def console_of(setting: Setting, seed: int) -> Path:
@@ -307,9 +311,9 @@ def console_of(setting: Setting, seed: int) -> Path:
     return folder.with_name(f"{folder.name}.console.txt")
 
 
-def reason(console: Path, status: int) -> str:
+def reason(status: int, printed: str, console: Path) -> str:
     """Why a run failed: its last error message."""
-    lines = console.read_text(encoding="utf-8", errors="backslashreplace").splitlines() if console.exists() else []
+    lines = printed.splitlines()
     errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
     message = errors[-1] if errors else next((line for line in reversed(lines) if line.strip()), "printed nothing")
     return f"status {status}: {message[:300]} (all of it: {console})"
@@ -344,13 +348,15 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
             print(f"[{number}/{len(todo)}] {setting.name} seed {seed}{going_on}", end=" ... ", flush=True)
             started = time.monotonic()
             console = console_of(setting, seed)
-            status = launcher.run(command(setting, seed, args), console)
+            status, printed = launcher.run(command(setting, seed, args), console)
             look(setting, seed)
             run = setting.runs.get(seed)
             if status == 0 and run and run.finished and run.last is not None:
                 print(f"top-1 {run.last:.2f} % ({time.monotonic() - started:.0f} s)", flush=True)
+            elif status == EXIT_STATUS:
+                print("stopped by a signal of its own", flush=True)
             else:
-                setting.failures.setdefault(seed, reason(console, status))
+                setting.failures.setdefault(seed, reason(status, printed, console))
                 print(f"FAILED: {setting.failures[seed]}", flush=True)
 
 
