@@ -250,7 +250,7 @@ def fit(
             if world.is_main:
                 # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
                 with writing_to(folder.path):
-                    metrics_log.write({"epoch": state.epoch, **metrics})
+                    metrics_log.write({"epoch": state.epoch, **metrics, "processes": world.size})
             save(*names)
     if metrics_log:
         metrics_log.close()

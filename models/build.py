@@ -63,11 +63,12 @@ def build_timm_model(config) -> nn.Module:
     pretrained_cfg = timm.get_pretrained_cfg(name)
     sized = {"img_size": config.DATA.IMG_SIZE} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
     arguments = {"num_classes": config.MODEL.NUM_CLASSES, **sized}
+    try:
+        # A rate of 0 too: some models have another default.
+        return timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **arguments)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
     if config.MODEL.DROP_PATH_RATE > 0:
-        try:
-            return timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **arguments)
-        except TypeError as error:
-            if "drop_path_rate" not in str(error):
-                raise
-            warnings.warn(f"{name} has no stochastic depth: MODEL.DROP_PATH_RATE is ignored", stacklevel=2)
+        warnings.warn(f"{name} has no stochastic depth: MODEL.DROP_PATH_RATE is ignored", stacklevel=2)
     return timm.create_model(name, **arguments)

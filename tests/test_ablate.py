@@ -86,9 +86,9 @@ def test_from_configs_to_a_table(configs, image_folder, tmp_path):
     result = python(*command, ok=False)
     assert result.returncode == 1
     assert "3 runs to train, 0 finished before" in result.stdout
-    assert "idle: MODEL.STRIP_MLP.PATCH_CHANNELS 4 changes nothing in the model; not trained" in result.stdout
+    assert "idle: MODEL.STRIP_MLP.PATCH_CHANNELS 4 changes nothing in the model; not trained" in result.stderr
     assert "unbuildable seed 0: FAILED: status 1: the model of the config cannot be built" in result.stdout
-    assert "BRANCHES is 'neither'; accepted: both, cgsmm, lsmm" in result.stdout
+    assert "BRANCHES is 'neither'; accepted: both, cgsmm, lsmm" in result.stderr
 
     rows = rows_of(output / "ablation.csv")
     assert list(rows) == ["base", "idle", "same", "unbuildable", "unknown", "wide"]
@@ -173,6 +173,9 @@ def test_base(configs):
     folder = configs(a=setting())
     assert base_of(folder / "a.yaml").resolve() == (folder / "../base.yaml").resolve()
     assert base_of(folder / "../base.yaml") is None
+    # A name may come from further down.
+    (folder / "b.yaml").write_text("BASE: a.yaml\n")
+    assert base_of(folder / "b.yaml").name == "a.yaml"
     # What gives the model no name is a fragment, and no run.
     assert base_of(ROOT / "configs/smlp_tiny_alpha3_patch4_224_cifar10.yaml") is None
     for path in (ROOT / "configs/peers").glob("*.yaml"):
@@ -217,6 +220,17 @@ def test_labels_of_another_recipe_are_a_change(configs):
     assert changed.same_as_base == ""
 
 
+def test_stochastic_depth_of_branches_that_start_at_zero(tmp_path):
+    """In timm's ResNet every branch does, so that dropping one shows only when weights have moved."""
+    path = tmp_path / "deep.yaml"
+    path.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nMODEL: {{DROP_PATH_RATE: 0.3}}\nDATA: {{IMG_SIZE: 64}}")
+    base = tmp_path / "base.yaml"
+    base.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nDATA: {{IMG_SIZE: 64}}")
+    _, deep = load_settings(arguments(path, base=str(base)))
+    assert deep.changes == {"MODEL.DROP_PATH_RATE": 0.3}
+    assert deep.same_as_base == ""
+
+
 def test_two_settings_in_one_folder(configs, tmp_path):
     folder = configs(a=setting("STRIP_WIDTH: 5"))
     (tmp_path / "other").mkdir()
@@ -246,10 +260,11 @@ def test_commands_for_a_scheduler(configs, monkeypatch, capsys, tmp_path):
     assert len(lines) == 4
     assert lines[1] == (
         f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 8 main.py --cfg {folder}/a.yaml "
-        "--output output/ablation --tag a_seed3 --data-path 'my data' --opts AMP off SEED 3"
+        "--output output/ablation/settings --tag a_seed3 --data-path 'my data' --opts AMP off SEED 3"
     )
     assert [line.split()[-1] for line in lines] == ["3", "3", "4", "4"]
     assert "broken: FAILED" in printed.err
+    assert "accepted: 1, 3, 5, 7, ..." in printed.err
     assert "accepted: 1, 3, 5, 7, ..." in printed.err
 
 
@@ -289,6 +304,73 @@ def test_folder_of_another_config(configs, tmp_path):
     ablate.look(base, 0)
     assert "TRAIN.BASE_LR 0.01, not 0.0005; choose another --output" in base.failures[0]
     assert [s.name for s, _ in to_train([base, a], [0])] == ["a"]
+
+
+def test_folder_of_other_images_or_processes(configs, tmp_path):
+    images = {"data_path": str(tmp_path / "images"), "output": tmp_path / "out"}
+    (base,) = load_settings(arguments(configs() / "../base.yaml", **images))
+    write_run(base, 0, 90.0, tmp_path / "out", "DATA.DATA_PATH", str(tmp_path / "images"))
+    write_run(base, 1, 90.0, tmp_path / "out", "DATA.DATA_PATH", "others")
+    for seed in (0, 1):
+        ablate.look(base, seed, processes=1)
+    assert base.runs[0].finished
+    assert "holds a run with DATA.DATA_PATH" in base.failures[1]
+
+    metrics = base.runs[0].path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"top5"', '"processes": 8, "top5"'))
+    base.failures.clear()
+    ablate.look(base, 0)  # to tabulate, nobody need say how many there were
+    assert base.runs[0].finished
+    ablate.look(base, 0, processes=1)
+    assert "holds a run with processes 8, not 1" in base.failures[0]
+
+
+def test_base_that_cannot_be_read(configs):
+    with pytest.raises(UserError, match=r"--base: typo.yaml"):
+        load_settings(arguments(configs(a=setting()), base="typo.yaml"))
+
+
+def test_base_that_is_broken(configs, tmp_path):
+    folder = configs(a=setting())
+    (tmp_path / "base.yaml").write_text(BASE + "SED: 3\n")
+    settings = load_settings(arguments(folder))
+    assert all("SED" in s.problem for s in settings)
+    assert "SED" in report(settings, [0])["ablation.md"]
+
+
+def test_model_that_cannot_run(tmp_path, monkeypatch):
+    """Is no obstacle to the others."""
+    for name in ("crossvit_9_240", "no_such_model"):
+        text = f"BASE: {ROOT}/configs/peers/resnet50.yaml\nMODEL: {{NAME: {name}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    settings = load_settings(arguments(tmp_path))
+    assert [s.name for s in settings] == ["resnet50", "crossvit_9_240", "no_such_model"]
+    assert [s.size is None for s in settings] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("a\nerror: data: no images\n", "data: no images"),
+        ("[rank 1] error: no images\n[rank 0] error: lost\n", "no images"),
+        ("Traceback ...\nRuntimeError: out of luck\n====\n", "RuntimeError: out of luck"),
+        ("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n====\n", "torch.OutOfMemoryError: CUDA out of memory"),
+        ("Killed\n\n", "Killed"),
+        ("", "printed nothing"),
+    ],
+)
+def test_why_a_run_failed(printed, message):
+    assert ablate.reason(1, printed, Path("console.txt")) == f"status 1: {message} (all of it: console.txt)"
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"),
+    [("configs/peers", "peers"), ("configs/ablations/digits/table6_*.yaml", "digits"), ("configs/*/table.yaml", "")],
+)
+def test_default_output(monkeypatch, config, folder):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", config])
+    monkeypatch.chdir(ROOT)
+    assert ablate.parse_args().output == Path("output/ablation") / folder
 
 
 @pytest.mark.parametrize(

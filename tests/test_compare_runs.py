@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import compare_runs
 import pytest
@@ -100,14 +101,18 @@ def test_unfinished_runs_do_not_count(run_folder, tmp_path):
     run_folder("a_seed1", [10.0], "SEED", "1", finished=False)
     (model,) = as_models(find_runs([tmp_path]))
     assert len(model.runs) == 2
-    assert model.statistics(lambda run: run.last) == (50.0, None)
+    assert model.statistics("last") == (50.0, None)
 
 
 def test_killed_before_its_last_checkpoint(run_folder):
     folder = run_folder("killed", [50.0, 60.0])
     assert read_run(folder).finished  # its checkpoints were deleted
     (folder / "last.pth").touch()
+    os.utime(folder / "last.pth", (0, 0))
     assert not read_run(folder).finished
+    (folder / "last.pth").touch()  # its checkpoints of epochs were deleted
+    assert read_run(folder).finished
+    os.utime(folder / "last.pth", (0, 0))
     (folder / "ckpt_epoch_2.pth").touch()
     assert read_run(folder).finished
 

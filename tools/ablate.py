@@ -10,13 +10,15 @@ too, unless that is a fragment without a MODEL.NAME; a setting that is the same 
 run is the ordinary main.py (under torchrun with --processes) in OUTPUT/MODEL.NAME/<config>_seed<N>: the same command
 again skips what is finished and goes on with what was stopped. A run that fails does not stop the others.
 
-Writes ablation.md, ablation.csv, ablation.png and runs.csv (one line per run) into --output. The exit status is 0 if
-all runs are finished, 1 if not, 75 if a signal stopped this command (and the run that it was at, which is saved).
+Writes ablation.md, ablation.csv, ablation.png and runs.csv (one line per run) into --output, anew each time. The exit
+status is 0 if all runs are finished, 1 if not, 75 if a signal stopped this command (and the run that it was at, which
+is saved).
 """
 
 import argparse
 import glob
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -31,17 +33,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from compare_runs import BOOKKEEPING, COLORS, Model, Run, model_size, read_run, save, whole, with_deviation
+from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
 from complexity import Count, with_known_classes
 from matplotlib.figure import Figure
 from tables import as_csv, markdown
 
-from config import ConfigError, leaves, load_config, read_yaml
+from config import ConfigError, get_default_config, leaves, load_config, read_yaml
 from models import build_model
 from run_folder import run_path
 from stopping import EXIT_STATUS
 from utils import UserError, run_entry_point, writing_to
 
+CHANGES_NOTHING = "changes nothing in the model"
 NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
 SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
 
@@ -75,11 +78,13 @@ class Setting:
     @property
     def changes(self) -> dict[str, Any]:
         """The values that differ from the base's."""
-        before = self.base.values if self.base else self.values
-        ignored = [*BOOKKEEPING, "SEED"]
-        if self.values.get("MODEL.TYPE") != "timm":  # where the name is the model
-            ignored.append("MODEL.NAME")
-        return {key: value for key, value in self.values.items() if key not in ignored and value != before.get(key)}
+        if not self.base or self.base.problem or self.problem:
+            return {}
+        before, now = comparable(self.base.values), comparable(self.values)
+        changed = {key: value for key, value in now.items() if value != before.get(key)}
+        if self.values["MODEL.TYPE"] != "timm":  # whose name is the model
+            changed.pop("MODEL.NAME", None)
+        return changed
 
     @property
     def finished(self) -> Model:
@@ -122,8 +127,8 @@ def base_of(path: Path) -> Path | None:
     if not isinstance(bases, list) or len(bases) != 1 or not isinstance(bases[0], str) or not bases[0]:
         return None
     base = Path(os.path.relpath((path.parent / bases[0]).resolve()))
-    model = read_yaml(base).get("MODEL")
-    return base if isinstance(model, dict) and "NAME" in model else None
+    config, _ = load_config(base)
+    return base if get_default_config().MODEL.NAME != config.MODEL.NAME else None
 
 
 def options_of(args: argparse.Namespace, config: Any) -> list[str]:
@@ -160,6 +165,8 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
         UserError: nothing to do, or two settings would share their folders.
     """
     settings: dict[Path, Setting] = {}
+    if args.base and (problem := load_setting(Path(args.base), args).problem):
+        raise ConfigError(f"--base: {problem}")
     for path in find_configs(args.configs):
         try:
             base = Path(args.base) if args.base else base_of(path)
@@ -199,18 +206,17 @@ def sameness(setting: Setting) -> str:
     size, base_size = setting.size, setting.base.size
     if size is None or base_size is None or size.parameters != base_size.parameters:
         return ""
-    try:
-        same = all(map(torch.equal, behaviour(setting.config), behaviour(setting.base.config)))
-    except (ValueError, RuntimeError):
-        return ""
-    return "changes nothing in the model" if same else ""
+    same = all(map(torch.equal, behaviour(setting.config), behaviour(setting.base.config)))
+    return CHANGES_NOTHING if same else ""
 
 
 def behaviour(config: Any) -> list[torch.Tensor]:
-    """What tells two models of one seed apart: their initial weights, and their outputs in training and evaluation."""
+    """What tells two models of one seed apart: their weights, and their outputs in training and evaluation."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build_model(with_known_classes(config))
+        for parameter in model.parameters():  # of which some start at zero, and hide what they multiply
+            parameter.add_(0.02 * torch.randn_like(parameter))
         size = config.DATA.IMG_SIZE
         images = torch.randn(2, 3, size, size)
         outputs = [model.train()(images), model.eval()(images)]
@@ -238,19 +244,27 @@ def folder_of(setting: Setting, seed: int) -> Path:
     return run_path(setting.config).with_name(tag(setting, seed))
 
 
-def look(setting: Setting, seed: int) -> None:
-    """Reads the run's folder. One that another config has written is a failure, and left alone."""
+def look(setting: Setting, seed: int, processes: int | None = None) -> None:
+    """Reads the run's folder. One that another config has written, or another number of processes if that is given, is
+    a failure, and left alone."""
     folder = folder_of(setting, seed)
     if not (folder / "config.yaml").exists():
         setting.runs.pop(seed, None)
         return
     run = setting.runs[seed] = read_run(folder)
-    ignored = (*BOOKKEEPING, "SEED", "MODEL.NUM_CLASSES")
-    for key, value in setting.values.items():
-        if run.values and key not in ignored and run.values[key] != value:
+    if not run.values:
+        return
+    found, wanted = comparable(run.values), comparable(setting.values)
+    if not setting.values["DATA.DATA_PATH"]:  # to tabulate, nobody need say where the images are
+        wanted.pop("DATA.DATA_PATH", None)
+    if processes is not None and run.processes is not None:
+        found["processes"], wanted["processes"] = run.processes, processes
+    wanted.pop("MODEL.NUM_CLASSES")  # comes from the data
+    for key, value in wanted.items():
+        if found.get(key) != value:
             del setting.runs[seed]
             setting.failures[seed] = (
-                f"{folder}: holds a run with {key} {run.values[key]!r}, not {value!r}; choose another --output"
+                f"{folder}: holds a run with {key} {found.get(key)!r}, not {value!r}; choose another --output"
             )
             return
 
@@ -260,11 +274,13 @@ class Interrupted(Exception):
 
 
 class Launcher:
-    """Runs commands one after the other, and passes the signals that stop a run on to it."""
+    """Runs commands one after the other, and passes the signals that stop a run on to it, as SIGTERM to torchrun,
+    which dies of SIGUSR1 and leaves its processes behind."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, torchrun: bool) -> None:
+        self._torchrun = torchrun
         self._process: subprocess.Popen | None = None
         self._stopping = False
 
@@ -279,7 +295,7 @@ class Launcher:
     def _pass_on(self, number: int, frame) -> None:
         self._stopping = True
         if self._process and self._process.poll() is None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGTERM if self._torchrun else number)
 
     def run(self, words: list[str], console: Path) -> tuple[int, str]:
         """The command's exit status and what it printed, which is also added to the file `console`.
@@ -313,9 +329,14 @@ def console_of(setting: Setting, seed: int) -> Path:
 
 def reason(status: int, printed: str, console: Path) -> str:
     """Why a run failed: its last error message."""
-    lines = printed.splitlines()
-    errors = [line.split("error: ", 1)[1] for line in lines if "error: " in line]
-    message = errors[-1] if errors else next((line for line in reversed(lines) if line.strip()), "printed nothing")
+    lines = [line for line in printed.splitlines() if line.strip()]
+    # Ours, or else an exception's, with or without the rank before it
+    patterns = (
+        r"(?:\[rank \d+\] )?error: (.+)",
+        r"(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)",
+    )
+    found = [[m[1] for line in lines if (m := re.fullmatch(pattern, line))] for pattern in patterns]
+    message = next((messages[0] for messages in found if messages), lines[-1] if lines else "printed nothing")
     return f"status {status}: {message[:300]} (all of it: {console})"
 
 
@@ -328,20 +349,24 @@ def to_train(settings: Sequence[Setting], seeds: Sequence[int]) -> Iterator[tupl
                 yield setting, seed
 
 
+def announce(settings: Sequence[Setting]) -> None:
+    """What is wrong before anything runs, on stderr."""
+    for setting in settings:
+        if setting.problem:
+            print(f"{setting.name}: FAILED: {setting.problem}", file=sys.stderr)
+        if setting.same_as_base == CHANGES_NOTHING:
+            changes = ", ".join(f"{key} {value!r}" for key, value in setting.changes.items())
+            print(f"{setting.name}: {changes} {CHANGES_NOTHING}; not trained", file=sys.stderr)
+        for seed, failure in setting.failures.items():
+            print(f"{setting.name} seed {seed}: FAILED: {failure}", file=sys.stderr)
+
+
 def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
     """Raises Interrupted where a signal came."""
     todo = list(to_train(settings, args.seeds))
-    for setting in settings:
-        if setting.problem:
-            print(f"{setting.name}: FAILED: {setting.problem}", flush=True)
-        if setting.same_as_base == "changes nothing in the model":
-            changes = ", ".join(f"{key} {value!r}" for key, value in setting.changes.items())
-            print(f"{setting.name}: {changes} changes nothing in the model; not trained", flush=True)
-        for seed, failure in setting.failures.items():
-            print(f"{setting.name} seed {seed}: FAILED: {failure}", flush=True)
     done = sum(run.finished for setting in settings for run in setting.runs.values())
     print(f"{len(todo)} runs to train, {done} finished before", flush=True)
-    with Launcher() as launcher:
+    with Launcher(torchrun=args.processes > 1) as launcher:
         for number, (setting, seed) in enumerate(todo, start=1):
             was_there = setting.runs.get(seed)
             going_on = f", goes on after {was_there.epochs} epochs" if was_there and was_there.epochs else ""
@@ -349,7 +374,7 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
             started = time.monotonic()
             console = console_of(setting, seed)
             status, printed = launcher.run(command(setting, seed, args), console)
-            look(setting, seed)
+            look(setting, seed, args.processes)
             run = setting.runs.get(seed)
             if status == 0 and run and run.finished and run.last is not None:
                 print(f"top-1 {run.last:.2f} % ({time.monotonic() - started:.0f} s)", flush=True)
@@ -374,20 +399,13 @@ TITLES = (
 )
 
 
-def by_loss(run: Run) -> float | None:
-    return next((record["val_loss"] for record in reversed(run.records) if "val_loss" in record), None)
-
-
 def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | Figure]:
     """The files to write, by name."""
     rows, numbers = [], []
     for setting in settings:
         model, size = setting.finished, setting.size
-        last = model.statistics(lambda run: run.last)
-        best = model.statistics(lambda run: run.best)
-        loss = model.statistics(by_loss)
-        speed, _ = model.statistics(lambda run: run.speed)
-        base, _ = setting.base.finished.statistics(lambda run: run.last) if setting.base else (None, None)
+        last, best, loss, (speed, _) = map(model.statistics, ("last", "best", "loss", "speed"))
+        base, _ = setting.base.finished.statistics("last") if setting.base else (None, None)
         delta = None if base is None or last[0] is None else last[0] - base
         changes = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.changes.items())
         if setting.same_as_base:
@@ -409,7 +427,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     columns += ("val_loss_std", "parameters", "macs", "images_per_second")
     text = markdown(TITLES, rows) + "".join(f"\n- {problem}" for problem in problems(settings, seeds)) + "\n"
     per_run = [
-        (setting.name, seed, run.finished, run.epochs, run.last, run.best, by_loss(run), run.speed, run.seconds)
+        (setting.name, seed, run.finished, run.epochs, run.last, run.best, run.loss, run.speed, run.seconds)
         for setting in settings
         for seed, run in sorted(setting.runs.items())
     ]
@@ -457,7 +475,7 @@ def draw(settings: Sequence[Setting]) -> Figure:
         for row, setting in enumerate(members):
             color = COLORS[1] if setting is base else COLORS[2] if setting.same_as_base else COLORS[0]
             model = setting.finished
-            average, deviation = model.statistics(lambda run: run.last)
+            average, deviation = model.statistics("last")
             if average is None:
                 axes.annotate(
                     "no finished run", (0.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8
@@ -483,7 +501,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="TRAIN.EPOCHS, with the warm-up shortened in proportion")
     parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="per run, under torchrun (default: 1)")
-    parser.add_argument("--output", type=Path, default=Path("output/ablation"), help="(default: output/ablation)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="(default: output/ablation/<folder of the first config>, where the tables are made anew)",
+    )
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set in all runs"
     )
@@ -502,6 +524,10 @@ def parse_args() -> argparse.Namespace:
     if min(args.seeds) < 0:
         parser.error(f"--seeds {min(args.seeds)}: accepted: 0 or more")
     args.seeds = list(dict.fromkeys(args.seeds))
+    if args.output is None:
+        first = Path(args.configs[0])
+        name = (first if first.is_dir() else first.parent).resolve().name
+        args.output = Path("output/ablation") / (name if "*" not in name else "")
     return args
 
 
@@ -511,13 +537,12 @@ def main() -> None:
     for setting in settings:
         for seed in args.seeds:
             if not (setting.problem or setting.same_as_base):
-                look(setting, seed)
+                look(setting, seed, None if args.report else args.processes)
+    announce(settings)
     if args.print:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
         for setting, seed in to_train(settings, args.seeds):
             print(shlex.join(command(setting, seed, args)))
-        for problem in [p for p in problems(settings, args.seeds) if "FAILED" in p]:
-            print(f"error: {problem}", file=sys.stderr)
         return
     interrupted = False
     if not args.report:

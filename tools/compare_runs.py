@@ -10,10 +10,12 @@ it says "best".
 """
 
 import argparse
+import itertools
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +37,7 @@ from utils import UserError, run_entry_point, writing_to
 
 # Where and how a run is kept, which no result depends on
 BOOKKEEPING = (
-    *("OUTPUT", "TAG", "DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
+    *("OUTPUT", "TAG", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
     *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME"),
 )
 # matplotlib's "tableau-colorblind10"
@@ -68,20 +70,32 @@ class Run:
         """Whether it has trained to its last epoch and saved that."""
         if not self.records or self.epochs < self.values["TRAIN.EPOCHS"]:
             return False
-        # The metrics are written first. Without any checkpoint, they were deleted to save space.
-        last = self.path / f"ckpt_epoch_{self.values['TRAIN.EPOCHS']}.pth"
-        return last.exists() or not (self.path / "last.pth").exists()
-
-    def tops(self) -> list[float]:
-        return [record["top1"] for record in self.records if "top1" in record]
+        # The metrics are written before the checkpoint. Without any, they were deleted to save space.
+        last, metrics = self.path / "last.pth", self.path / "metrics.jsonl"
+        if (self.path / f"ckpt_epoch_{self.values['TRAIN.EPOCHS']}.pth").exists() or not last.exists():
+            return True
+        return last.stat().st_mtime >= metrics.stat().st_mtime
 
     @property
     def last(self) -> float | None:
-        return (self.tops() or [None])[-1]
+        """Top-1 after the last epoch."""
+        return self.records[-1].get("top1") if self.records else None
 
     @property
     def best(self) -> float | None:
-        return max(self.tops(), default=None)
+        """Top-1 after the epoch with the highest."""
+        return max((record["top1"] for record in self.records if "top1" in record), default=None)
+
+    @property
+    def loss(self) -> float | None:
+        """Validation loss after the last epoch; None where it was not finite."""
+        return self.records[-1].get("val_loss") if self.records else None
+
+    @property
+    def processes(self) -> int | None:
+        """That trained it last; None in runs that do not say so."""
+        count = self.records[-1].get("processes") if self.records else None
+        return None if count is None else int(count)
 
     @property
     def seconds(self) -> float:
@@ -92,6 +106,18 @@ class Run:
     def speed(self) -> float | None:
         """Images per second in training, of the median epoch."""
         return median([r["images_per_second"] for r in self.records if "images_per_second" in r] or [0]) or None
+
+
+def comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """The config values that results depend on, without the seed. The path is one of them where it is all that says
+    which images there are."""
+    left_out = {*BOOKKEEPING, "SEED"}
+    if values["DATA.DATASET"] not in ("imagenet", "imagenet-1k"):
+        left_out.add("DATA.DATA_PATH")
+    kept = {key: value for key, value in values.items() if key not in left_out}
+    if "DATA.DATA_PATH" in kept:
+        kept["DATA.DATA_PATH"] = os.path.abspath(kept["DATA.DATA_PATH"])
+    return kept
 
 
 def read_run(path: Path) -> Run:
@@ -144,9 +170,10 @@ class Model:
         """Those that its numbers are of: the finished ones, if there are any."""
         return [run for run in self.runs if run.finished] or self.runs
 
-    def statistics(self, what: Callable[[Run], float | None]) -> tuple[float | None, float | None]:
-        """Mean and sample standard deviation over the runs that have the number; None where there are too few."""
-        numbers = [number for run in self.counted if (number := what(run)) is not None]
+    def statistics(self, what: str) -> tuple[float | None, float | None]:
+        """Mean and sample standard deviation of an attribute of `Run` over the runs that have it; None where too few
+        do."""
+        numbers = [number for run in self.counted if (number := getattr(run, what)) is not None]
         return mean(numbers) if numbers else None, stdev(numbers) if len(numbers) > 1 else None
 
     @cached_property
@@ -168,7 +195,7 @@ def as_models(runs: Sequence[Run]) -> list[Model]:
     times = Counter()
     for run in runs:
         if run.values:
-            same = repr([value for key, value in run.values.items() if key not in (*BOOKKEEPING, "SEED")])
+            same = repr((comparable(run.values), run.processes))
             seed = run.values["SEED"]
             # A second run with the same seed is no sample of its own: it is kept apart.
             groups.setdefault((same, times[same, seed]), []).append(run)
@@ -220,7 +247,7 @@ def table(models: Sequence[Model], runs: Sequence[Run]) -> tuple[str, str]:
     """One row per model, and one per run without numbers, as Markdown and as CSV."""
     rows, numbers = [], []
     for model in models:
-        last, best, speed = (model.statistics(what) for what in (by_last, by_best, by_speed))
+        last, best, speed = map(model.statistics, ("last", "best", "speed"))
         parameters, macs = (model.size.parameters, model.size.macs) if model.size else (None, None)
         epochs = min(run.epochs for run in model.counted)
         remark = _remark(model)
@@ -235,18 +262,6 @@ def table(models: Sequence[Model], runs: Sequence[Run]) -> tuple[str, str]:
     return markdown(TITLES, rows), as_csv((*columns, "images_per_second", "remark"), numbers)
 
 
-def by_last(run: Run) -> float | None:
-    return run.last
-
-
-def by_best(run: Run) -> float | None:
-    return run.best
-
-
-def by_speed(run: Run) -> float | None:
-    return run.speed
-
-
 def _remark(model: Model) -> str:
     """What is missing."""
     remarks = [f"{run.path}: {run.problem}" for run in model.runs if run.problem]
@@ -257,15 +272,14 @@ def _remark(model: Model) -> str:
 
 
 def differences(models: Sequence[Model]) -> tuple[str, str] | None:
-    """The config values that are not the same in all models, as Markdown and as CSV; None where all are."""
-    values = [model.runs[0].values for model in models]
-    ignored = (*BOOKKEEPING, "SEED", "MODEL.NAME")
-    keys = [
-        key for key in (values[0] if values else ()) if key not in ignored and len({repr(v[key]) for v in values}) > 1
-    ]
+    """The config values that are not the same in all models, and the number of processes if it is not, as Markdown and
+    as CSV; None where all are the same."""
+    values = [{**comparable(m.runs[0].values), "processes": m.runs[0].processes} for m in models]
+    keys = [key for key in dict.fromkeys(itertools.chain(*values)) if key != "MODEL.NAME"]
+    keys = [key for key in keys if len({repr(v.get(key)) for v in values}) > 1]
     if not keys:
         return None
-    rows = [(model.name, *(model.runs[0].values[key] for key in keys)) for model in models]
+    rows = [(model.name, *(v.get(key, "") for key in keys)) for model, v in zip(models, values, strict=True)]
     return markdown(("model", *keys), rows), as_csv(("model", *keys), rows)
 
 
@@ -273,7 +287,7 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
     """The paper's figure 4: top-1 against parameters and against multiply-adds. Models of one family that differ in
     name are a line; variations of one model are points."""
     figure = Figure(figsize=(15, 5.5), layout="constrained")
-    shown = [model for model in models if model.size and model.statistics(by_last)[0] is not None]
+    shown = [model for model in models if model.size and model.statistics("last")[0] is not None]
     families: dict[str, list[Model]] = {}
     for model in shown:
         families.setdefault(model.family, []).append(model)
@@ -287,7 +301,7 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
         for number, (label, unsorted) in enumerate(lines.items()):
             members = sorted(unsorted, key=lambda model: getattr(model.size, what))
             x = [getattr(model.size, what) / unit for model in members]
-            y, deviations = zip(*(model.statistics(by_last) for model in members), strict=True)
+            y, deviations = zip(*(model.statistics("last") for model in members), strict=True)
             style = {"color": COLORS[number % len(COLORS)], "marker": "os^Dv"[number // len(COLORS) % 5], "capsize": 3}
             axes.errorbar(x, y, [deviation or 0 for deviation in deviations], label=plain(label), **style)
             for model, point in zip(members, zip(x, y, strict=True), strict=True):

@@ -82,7 +82,7 @@ class Complexity:
 
         A stage is what timm's `feature_info` says, except in networks that are one row of blocks, where it says blocks.
         """
-        stages = {info["module"] for info in self.model.feature_info}
+        stages = {info["module"] for info in getattr(self.model, "feature_info", ())}
         for kind, name in _walk("", self.model, stages):
             count = self.of(name)
             if count != Count():
@@ -173,11 +173,14 @@ def model_complexity(config) -> Complexity:
     """Of the model of a config.
 
     Raises:
-        ValueError: the model cannot be built.
+        ValueError: the model cannot be built, or cannot run on images of that size.
     """
     config = with_known_classes(config)
     config.TRAIN.USE_CHECKPOINT = False  # which hides what is kept for the backward pass
-    return Complexity(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+    try:
+        return Complexity(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+    except Exception as error:  # any timm model's own, for sizes that it does not take
+        raise ValueError(f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} pixels: {error}") from error
 
 
 def megabytes(count: int) -> str:

@@ -2,7 +2,7 @@
 
 Input: ``<run>/metrics.jsonl``, one JSON object per line and epoch. Read from it: ``epoch`` (from 1), ``train_loss``,
 ``lr`` and, missing or null in epochs without an evaluation, ``val_loss``, ``top1`` and ``top5`` (percent); for
-compare_runs.py and ablate.py also ``images_per_second`` and ``seconds``, where they are there.
+compare_runs.py and ablate.py also ``images_per_second``, ``seconds`` and ``processes``, where they are there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 ALWAYS = ("train_loss", "lr")
 WHEN_EVALUATED = ("val_loss", "top1", "top5")
-OPTIONAL = (*WHEN_EVALUATED, "images_per_second", "seconds")
+OPTIONAL = (*WHEN_EVALUATED, "images_per_second", "seconds", "processes")
 
 # Blue and orange of matplotlib's "tableau-colorblind10", which colour-blind readers can tell apart.
 FIRST_COLOR = "#006BA4"
