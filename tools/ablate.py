@@ -403,7 +403,8 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     """The files to write, by name."""
     rows, numbers = [], []
     for setting in settings:
-        model, size = setting.finished, setting.size
+        model = setting.finished
+        size = model.size if model.runs else setting.size  # of as many classes as the data turned out to have
         last, best, loss, (speed, _) = map(model.statistics, ("last", "best", "loss", "speed"))
         base, _ = setting.base.finished.statistics("last") if setting.base else (None, None)
         delta = None if base is None or last[0] is None else last[0] - base

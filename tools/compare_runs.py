@@ -200,17 +200,14 @@ def as_models(runs: Sequence[Run]) -> list[Model]:
             # A second run with the same seed is no sample of its own: it is kept apart.
             groups.setdefault((same, times[same, seed]), []).append(run)
             times[same, seed] += 1
-    one_name = len({run.values["MODEL.NAME"] for run in runs if run.values}) == 1
-    models, names = [], set()
-    for members in groups.values():
-        values = members[0].values
-        tag = re.sub(r"_?seed\d+$", "", values["TAG"])
-        parts = [values["MODEL.NAME"]] * (not one_name or not tag) + [tag] * (tag not in ("", "default"))
-        name = " ".join(dict.fromkeys(parts)) or values["MODEL.NAME"]
-        name = str(members[0].path) if name in names else name
-        names.add(name)
-        models.append(Model(name, members))
-    return models
+    tags = [re.sub(r"_?seed\d+$", "", members[0].values["TAG"]) for members in groups.values()]
+    names = [members[0].values["MODEL.NAME"] for members in groups.values()]
+    # The first of these by which every model can be told from the others
+    short = [name if tag in ("", "default") else tag for name, tag in zip(names, tags, strict=True)]
+    both = [f"{name} {tag}".strip() for name, tag in zip(names, tags, strict=True)]
+    paths = [str(members[0].path) for members in groups.values()]
+    best = next(candidates for candidates in (short, both, paths) if len(set(candidates)) == len(candidates))
+    return [Model(name, members) for name, members in zip(best, groups.values(), strict=True)]
 
 
 _sizes: dict[str, Count | None] = {}
@@ -275,8 +272,7 @@ def differences(models: Sequence[Model]) -> tuple[str, str] | None:
     """The config values that are not the same in all models, and the number of processes if it is not, as Markdown and
     as CSV; None where all are the same."""
     values = [{**comparable(m.runs[0].values), "processes": m.runs[0].processes} for m in models]
-    keys = [key for key in dict.fromkeys(itertools.chain(*values)) if key != "MODEL.NAME"]
-    keys = [key for key in keys if len({repr(v.get(key)) for v in values}) > 1]
+    keys = [key for key in dict.fromkeys(itertools.chain(*values)) if len({repr(v.get(key)) for v in values}) > 1]
     if not keys:
         return None
     rows = [(model.name, *(v.get(key, "") for key in keys)) for model, v in zip(models, values, strict=True)]
@@ -368,7 +364,8 @@ def save(folder: Path, files: dict[str, str | Figure]) -> None:
                 content.savefig(folder / name, dpi=130)
             else:
                 (folder / name).write_text(content, encoding="utf-8")
-            print(folder / name)
+    for name in files:
+        print(folder / name)
 
 
 def main() -> None:
