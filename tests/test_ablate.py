@@ -105,14 +105,18 @@ def test_from_configs_to_a_table(configs, image_folder, tmp_path):
     assert "unknown: FAILED" in (output / "ablation.md").read_text()
     assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
     with open(output / "runs.csv") as file:
-        assert [(row["setting"], row["seed"], row["finished"]) for row in csv.DictReader(file)] == [
-            ("base", "0", "True"),
-            ("wide", "0", "True"),
-        ]
+        runs = {row["setting"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in runs.items()} == {
+        **{"base": "finished", "wide": "finished"},
+        **{"unbuildable": "failed", "unknown": "failed"},
+    }
+    assert "cannot be built" in runs["unbuildable"]["remark"]
+    assert rows["unbuildable"]["status"] == "0 of 1, 1 failed"
+    assert "imagenet, 32 x 32 pixels, 2 epochs" in (output / "ablation.md").read_text()
 
     # Finished runs are left alone.
     before = {path: path.stat().st_mtime_ns for path in (output / "small").rglob("*.pth")}
-    again = python(*command, "--print")
+    again = python(*command, "--print", ok=False)  # unknown.yaml is not among them
     lines = again.stdout.splitlines()
     assert len(lines) == 1
     assert "unbuildable.yaml" in lines[0]
@@ -254,7 +258,9 @@ def test_commands_for_a_scheduler(configs, monkeypatch, capsys, tmp_path):
         sys, "argv", ["ablate.py", str(folder / "a.yaml"), str(folder / "broken.yaml"), "--print", *words]
     )
     monkeypatch.chdir(ROOT)
-    ablate.main()
+    with pytest.raises(SystemExit) as ended:
+        ablate.main()
+    assert ended.value.code == 1  # one is missing
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert len(lines) == 4
@@ -291,6 +297,7 @@ def test_report(configs, tmp_path):
     assert problems(settings, range(3)) == ["a seed 2: stopped after 1 of 2 epochs"]
     (panel,) = files["ablation.png"].axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["base", "a"]
+    assert panel.get_title().endswith("imagenet, 32 x 32 pixels, 2 epochs, batch size 8")
     bar = panel.containers[1]
     assert bar.lines[0].get_xdata().tolist() == [82.0]
     left, right = (cap.get_xdata()[0] for cap in bar.lines[1])
@@ -299,11 +306,10 @@ def test_report(configs, tmp_path):
 
 def test_folder_of_another_config(configs, tmp_path):
     """Is neither skipped nor gone on with."""
-    (base, a) = load_settings(arguments(configs(a=setting("STRIP_WIDTH: 5")), output=tmp_path / "out"))
+    (base,) = load_settings(arguments(configs() / "../base.yaml", output=tmp_path / "out"))
     write_run(base, 0, 90.0, tmp_path / "out", "TRAIN.BASE_LR", "1e-2", "DATA.DATA_PATH", "elsewhere")
-    ablate.look(base, 0)
-    assert "TRAIN.BASE_LR 0.01, not 0.0005; choose another --output" in base.failures[0]
-    assert [s.name for s, _ in to_train([base, a], [0])] == ["a"]
+    with pytest.raises(UserError, match=r"TRAIN.BASE_LR 0.01, not 0.0005; give the options .* or another --output"):
+        ablate.look(base, 0)
 
 
 def test_folder_of_other_images_or_processes(configs, tmp_path):
@@ -311,18 +317,17 @@ def test_folder_of_other_images_or_processes(configs, tmp_path):
     (base,) = load_settings(arguments(configs() / "../base.yaml", **images))
     write_run(base, 0, 90.0, tmp_path / "out", "DATA.DATA_PATH", str(tmp_path / "images"))
     write_run(base, 1, 90.0, tmp_path / "out", "DATA.DATA_PATH", "others")
-    for seed in (0, 1):
-        ablate.look(base, seed, processes=1)
+    ablate.look(base, 0, processes=1)
     assert base.runs[0].finished
-    assert "holds a run with DATA.DATA_PATH" in base.failures[1]
+    with pytest.raises(UserError, match=r"holds a run with DATA.DATA_PATH"):
+        ablate.look(base, 1, processes=1)
 
     metrics = base.runs[0].path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"top5"', '"processes": 8, "top5"'))
-    base.failures.clear()
     ablate.look(base, 0)  # to tabulate, nobody need say how many there were
     assert base.runs[0].finished
-    ablate.look(base, 0, processes=1)
-    assert "holds a run with processes 8, not 1" in base.failures[0]
+    with pytest.raises(UserError, match=r"holds a run with processes 8, not 1"):
+        ablate.look(base, 0, processes=1)
 
 
 def test_base_that_cannot_be_read(configs):
@@ -361,6 +366,25 @@ def test_model_that_cannot_run(tmp_path, monkeypatch):
 )
 def test_why_a_run_failed(printed, message):
     assert ablate.reason(1, printed, Path("console.txt")) == f"status 1: {message} (all of it: console.txt)"
+
+
+def test_a_table_is_not_replaced_by_an_empty_one(configs, tmp_path, monkeypatch):
+    """Where --report is not told what the runs were started with."""
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    out = tmp_path / "out"
+    words = ["ablate.py", str(folder), "--seeds", "0", "--output", str(out), "--report"]
+    options = ("TRAIN.EPOCHS", "3")
+    for s in load_settings(arguments(folder, epochs=3, output=out)):
+        write_run(s, 0, 90.0, out, *options, "TRAIN.WARMUP_EPOCHS", "2", epochs=3)
+    monkeypatch.setattr(sys, "argv", [*words, "--epochs", "3"])
+    with pytest.raises(SystemExit) as ended:
+        ablate.main()
+    assert ended.value.code == 0
+    before = (out / "ablation.md").read_text()
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match=r"TRAIN.EPOCHS 3, not 2"):
+        ablate.main()
+    assert (out / "ablation.md").read_text() == before
 
 
 @pytest.mark.parametrize(

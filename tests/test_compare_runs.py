@@ -137,6 +137,24 @@ def test_figures(run_folder, tmp_path):
     assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 1.0]] * 3
 
 
+def test_values_of_another_kind_of_model_do_not_count(run_folder, tmp_path):
+    resnet = ROOT / "configs/peers/resnet50.yaml"
+    run_folder("a_seed0", [50.0], cfg=resnet)
+    run_folder("a_seed1", [50.0], "SEED", "1", "MODEL.STRIP_MLP.STRIP_WIDTH", "5", cfg=resnet)
+    models = as_models(find_runs([tmp_path]))
+    assert [len(model.runs) for model in models] == [2]
+    assert differences(models) is None
+
+
+def test_names_of_several_models(run_folder, tmp_path):
+    for seed in ("0", "1"):
+        run_folder(f"base_seed{seed}", [50.0], "SEED", seed)
+        run_folder(f"base_seed{seed}", [50.0], "SEED", seed, "MODEL.NAME", "other", "MODEL.STRIP_MLP.GRN", "False")
+    run_folder("alone", [50.0], "MODEL.NAME", "third", "TRAIN.BASE_LR", "1e-2")
+    names = [model.name for model in as_models(find_runs([tmp_path]))]
+    assert names == ["other/base", "strip_mlp_pico_digits/base", "alone"]
+
+
 def test_names_are_told_apart(run_folder, tmp_path):
     """Two runs of one name and tag, in two output folders."""
     run_folder("default", [50.0])

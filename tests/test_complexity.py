@@ -151,6 +151,7 @@ def test_command(tmp_path):
     ("arguments", "message"),
     [
         (["--cfg", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--table1", "--csv", "t.csv"], "--opts and --csv go with --cfg"),
         (["--cfg", "configs/strip_mlp_pico_digits.yaml", "--opts", "DATA.IMG_SIZE", "40"], "img_size=40"),
         (["--cfg", "configs/strip_mlp_pico_digits.yaml", "--csv", "missing/folder/t.csv"], "missing/folder/t.csv"),
     ],

@@ -58,6 +58,7 @@ class Setting:
         base: what it is compared with.
         same_as_base: why it needs no runs of its own; empty if it does.
         problem: why it cannot be trained.
+        notes: about values that change nothing.
         runs: by seed.
         failures: of runs, by seed.
     """
@@ -68,6 +69,7 @@ class Setting:
     base: "Setting | None" = None
     same_as_base: str = ""
     problem: str = ""
+    notes: list[str] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -149,10 +151,8 @@ def load_setting(path: Path, args: argparse.Namespace) -> Setting:
         overrides = [("OUTPUT", str(args.output), "--output")]
         overrides += [("DATA.DATA_PATH", args.data_path, "--data-path")] if args.data_path else []
         plain, _ = load_config(path)
-        setting.config, notes = load_config(path, options_of(args, plain), overrides)
+        setting.config, setting.notes = load_config(path, options_of(args, plain), overrides)
         setting.values = leaves(setting.config)
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
     except ConfigError as error:
         setting.problem = str(error)
     return setting
@@ -245,8 +245,11 @@ def folder_of(setting: Setting, seed: int) -> Path:
 
 
 def look(setting: Setting, seed: int, processes: int | None = None) -> None:
-    """Reads the run's folder. One that another config has written, or another number of processes if that is given, is
-    a failure, and left alone."""
+    """Reads the run's folder.
+
+    Raises:
+        UserError: another config has written it, or another number of processes, if that is given.
+    """
     folder = folder_of(setting, seed)
     if not (folder / "config.yaml").exists():
         setting.runs.pop(seed, None)
@@ -262,11 +265,10 @@ def look(setting: Setting, seed: int, processes: int | None = None) -> None:
     wanted.pop("MODEL.NUM_CLASSES")  # comes from the data
     for key, value in wanted.items():
         if found.get(key) != value:
-            del setting.runs[seed]
-            setting.failures[seed] = (
-                f"{folder}: holds a run with {key} {found.get(key)!r}, not {value!r}; choose another --output"
+            raise UserError(
+                f"{folder}: holds a run with {key} {found.get(key)!r}, not {value!r}; give the options that it was "
+                "started with, or another --output"
             )
-            return
 
 
 class Interrupted(Exception):
@@ -352,13 +354,13 @@ def to_train(settings: Sequence[Setting], seeds: Sequence[int]) -> Iterator[tupl
 def announce(settings: Sequence[Setting]) -> None:
     """What is wrong before anything runs, on stderr."""
     for setting in settings:
+        for note in setting.notes:
+            print(f"note: {note}", file=sys.stderr)
         if setting.problem:
             print(f"{setting.name}: FAILED: {setting.problem}", file=sys.stderr)
-        if setting.same_as_base == CHANGES_NOTHING:
+        if setting.same_as_base:
             changes = ", ".join(f"{key} {value!r}" for key, value in setting.changes.items())
-            print(f"{setting.name}: {changes} {CHANGES_NOTHING}; not trained", file=sys.stderr)
-        for seed, failure in setting.failures.items():
-            print(f"{setting.name} seed {seed}: FAILED: {failure}", file=sys.stderr)
+            print(f"{setting.name}: {changes} {setting.same_as_base}; not trained".replace("  ", " "), file=sys.stderr)
 
 
 def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
@@ -366,6 +368,8 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
     todo = list(to_train(settings, args.seeds))
     done = sum(run.finished for setting in settings for run in setting.runs.values())
     print(f"{len(todo)} runs to train, {done} finished before", flush=True)
+    if todo:
+        print(f"what they print: {args.output}/<MODEL.NAME>/<config>_seed<N>.console.txt", flush=True)
     with Launcher(torchrun=args.processes > 1) as launcher:
         for number, (setting, seed) in enumerate(todo, start=1):
             was_there = setting.runs.get(seed)
@@ -413,26 +417,48 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
             changes = f"{changes} {setting.same_as_base}".strip()
         elif any(other.base is setting for other in settings):
             changes = f"{changes} (base)".strip()
-        state = "failed" if setting.problem else f"{len(model.runs)} of {len(seeds)}"
+        done = "failed" if setting.problem else f"{len(model.runs)} of {len(seeds)}"
+        if setting.failures:
+            done += f", {len(setting.failures)} failed"
         parameters, macs = (size.parameters, size.macs) if size else (None, None)
         rows.append(
             (
-                *(setting.name, changes, state, with_deviation(*last), "-" if delta is None else f"{delta:+.2f}"),
+                *(setting.name, changes, done, with_deviation(*last), "-" if delta is None else f"{delta:+.2f}"),
                 with_deviation(*best),
                 "-" if loss[0] is None else f"{loss[0]:.3f}" + (f" ± {loss[1]:.3f}" if loss[1] is not None else ""),
                 *map(whole, (parameters, macs, speed)),
             )
         )
-        numbers.append((setting.name, changes, len(model.runs), *last, delta, *best, *loss, parameters, macs, speed))
-    columns = ("setting", "changes", "seeds", "top1", "top1_std", "delta_to_base", "best", "best_std", "val_loss")
+        runs = (len(model.runs), done)
+        numbers.append((setting.name, changes, *runs, *last, delta, *best, *loss, parameters, macs, speed))
+    columns = (
+        "setting",
+        "changes",
+        "seeds",
+        "status",
+        "top1",
+        "top1_std",
+        "delta_to_base",
+        "best",
+        "best_std",
+        "val_loss",
+    )
     columns += ("val_loss_std", "parameters", "macs", "images_per_second")
-    text = markdown(TITLES, rows) + "".join(f"\n- {problem}" for problem in problems(settings, seeds)) + "\n"
-    per_run = [
-        (setting.name, seed, run.finished, run.epochs, run.last, run.best, run.loss, run.speed, run.seconds)
-        for setting in settings
-        for seed, run in sorted(setting.runs.items())
+    notes = [
+        "Top-1, best (of all epochs) and validation loss: mean ± sample standard deviation over the seeds.",
+        *conditions(settings),
+        *problems(settings, seeds),
     ]
-    run_columns = ("setting", "seed", "finished", "epochs", "top1", "best", "val_loss", "images_per_second", "seconds")
+    text = markdown(TITLES, rows) + "".join(f"\n- {note}" for note in notes) + "\n"
+    per_run = []
+    for setting in settings:
+        for seed in () if setting.same_as_base else seeds:
+            run = setting.runs.get(seed) or Run(setting.path)
+            measured = (run.last, run.best, run.loss, run.speed, run.seconds)
+            status, why = state(setting, seed)
+            per_run.append((setting.name, seed, status, run.epochs, *measured, why))
+    run_columns = ("setting", "seed", "status", "epochs", "top1", "best", "val_loss", "images_per_second", "seconds")
+    run_columns += ("remark",)
     return {
         "ablation.md": text,
         "ablation.csv": as_csv(columns, numbers),
@@ -441,26 +467,47 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     }
 
 
+def state(setting: Setting, seed: int) -> tuple[str, str]:
+    """Of one run: finished, failed, stopped or not run; and why."""
+    run = setting.runs.get(seed)
+    if setting.problem or seed in setting.failures:
+        return "failed", setting.problem or setting.failures[seed]
+    if run is None:
+        return "not run", ""
+    if run.finished:
+        return "finished", ""
+    return "stopped", run.problem or f"after {run.epochs} of {run.values['TRAIN.EPOCHS']} epochs"
+
+
 def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
     """What keeps a table from being complete."""
     found = []
     for setting in settings:
         if setting.problem:
             found.append(f"{setting.name}: FAILED: {setting.problem}")
-            continue
-        for seed in () if setting.same_as_base else seeds:
-            run = setting.runs.get(seed)
-            if seed in setting.failures:
-                found.append(f"{setting.name} seed {seed}: FAILED: {setting.failures[seed]}")
-            elif run is None:
-                found.append(f"{setting.name} seed {seed}: not run")
-            elif run.problem:
-                found.append(f"{setting.name} seed {seed}: {run.problem}")
-            elif not run.finished:
-                found.append(
-                    f"{setting.name} seed {seed}: stopped after {run.epochs} of {run.values['TRAIN.EPOCHS']} epochs"
-                )
+        elif not setting.same_as_base:
+            for seed in seeds:
+                status, why = state(setting, seed)
+                if status != "finished":
+                    status = status.upper() if status == "failed" else status
+                    found.append(
+                        f"{setting.name} seed {seed}: {status}{': ' if status.isupper() else ' '}{why}".strip()
+                    )
     return found
+
+
+def conditions(settings: Sequence[Setting]) -> list[str]:
+    """What the numbers of each base's settings were obtained with."""
+    bases = dict.fromkeys(setting.base or setting for setting in settings if not setting.problem)
+    lines = []
+    for base in bases:
+        if base.values:
+            v = base.values
+            lines.append(
+                f"{base.path}: {v['DATA.DATASET']}, {v['DATA.IMG_SIZE']} x {v['DATA.IMG_SIZE']} pixels, "
+                f"{v['TRAIN.EPOCHS']} epochs, batch size {v['DATA.BATCH_SIZE']}"
+            )
+    return lines
 
 
 def draw(settings: Sequence[Setting]) -> Figure:
@@ -472,7 +519,7 @@ def draw(settings: Sequence[Setting]) -> Figure:
     figure = Figure(figsize=(9, max(3, 0.36 * rows)), layout="constrained")
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(m) + 2 for _, m in groups])[:, 0]
     for axes, (base, members) in zip(panels, groups, strict=True):
-        axes.set_title(base.values.get("MODEL.NAME", base.name), fontsize=11, parse_math=False)
+        axes.set_title("".join(conditions([base])) or base.name, fontsize=10, parse_math=False)
         for row, setting in enumerate(members):
             color = COLORS[1] if setting is base else COLORS[2] if setting.same_as_base else COLORS[0]
             model = setting.finished
@@ -483,14 +530,17 @@ def draw(settings: Sequence[Setting]) -> Figure:
                 )
                 continue
             points = [run.last for run in model.runs if run.last is not None]
-            axes.plot(points, [row] * len(points), ".", color=color, alpha=0.35, markersize=7)
+            axes.plot(points, [row + 0.25] * len(points), ".", color=color, alpha=0.45, markersize=5)
             axes.errorbar(average, row, xerr=deviation or 0, fmt="o", color=color, capsize=3, markersize=5)
             if setting is base:
                 axes.axvline(average, color=color, linewidth=1, alpha=0.6)
         axes.set_yticks(range(len(members)), [s.name for s in members], fontsize=9, parse_math=False)
         axes.set_ylim(len(members) - 0.5, -0.5)
         axes.grid(alpha=0.3, axis="x")
-    panels[-1].set_xlabel("Top-1 after the last epoch (%): mean ± standard deviation over seeds, dots: runs")
+    panels[-1].set_xlabel(
+        "Top-1 after the last epoch (%): mean ± standard deviation over seeds; small dots: runs\n"
+        "orange: the base; grey: settings that are the same"
+    )
     return figure
 
 
@@ -541,10 +591,9 @@ def main() -> None:
                 look(setting, seed, None if args.report else args.processes)
     announce(settings)
     if args.print:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
         for setting, seed in to_train(settings, args.seeds):
             print(shlex.join(command(setting, seed, args)))
-        return
+        sys.exit(1 if any(setting.problem for setting in settings) else 0)
     interrupted = False
     if not args.report:
         try:

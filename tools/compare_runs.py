@@ -114,6 +114,8 @@ def comparable(values: dict[str, Any]) -> dict[str, Any]:
     left_out = {*BOOKKEEPING, "SEED"}
     if values["DATA.DATASET"] not in ("imagenet", "imagenet-1k"):
         left_out.add("DATA.DATA_PATH")
+    if values["MODEL.TYPE"] != "strip_mlp_layer":
+        left_out |= {key for key in values if key.startswith("MODEL.STRIP_MLP.")}
     kept = {key: value for key, value in values.items() if key not in left_out}
     if "DATA.DATA_PATH" in kept:
         kept["DATA.DATA_PATH"] = os.path.abspath(kept["DATA.DATA_PATH"])
@@ -158,7 +160,7 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in ("config.yaml", "metrics.jsonl"))
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """Runs that differ in their seed alone, and where they are kept."""
 
@@ -202,12 +204,15 @@ def as_models(runs: Sequence[Run]) -> list[Model]:
             times[same, seed] += 1
     tags = [re.sub(r"_?seed\d+$", "", members[0].values["TAG"]) for members in groups.values()]
     names = [members[0].values["MODEL.NAME"] for members in groups.values()]
-    # The first of these by which every model can be told from the others
+    # The first of these by which a model can be told from the others
     short = [name if tag in ("", "default") else tag for name, tag in zip(names, tags, strict=True)]
-    both = [f"{name} {tag}".strip() for name, tag in zip(names, tags, strict=True)]
+    both = [f"{name}/{tag}" for name, tag in zip(names, tags, strict=True)]
     paths = [str(members[0].path) for members in groups.values()]
-    best = next(candidates for candidates in (short, both, paths) if len(set(candidates)) == len(candidates))
-    return [Model(name, members) for name, members in zip(best, groups.values(), strict=True)]
+    models = []
+    for number, members in enumerate(groups.values()):
+        candidates = (names[number] for names in (short, both) if names.count(names[number]) == 1)
+        models.append(Model(next(candidates, paths[number]), members))
+    return models
 
 
 _sizes: dict[str, Count | None] = {}
@@ -271,7 +276,7 @@ def _remark(model: Model) -> str:
 def differences(models: Sequence[Model]) -> tuple[str, str] | None:
     """The config values that are not the same in all models, and the number of processes if it is not, as Markdown and
     as CSV; None where all are the same."""
-    values = [{**comparable(m.runs[0].values), "processes": m.runs[0].processes} for m in models]
+    values = [{**comparable(m.runs[0].values), "processes": m.runs[0].processes or ""} for m in models]
     keys = [key for key in dict.fromkeys(itertools.chain(*values)) if len({repr(v.get(key)) for v in values}) > 1]
     if not keys:
         return None
@@ -285,17 +290,20 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
     figure = Figure(figsize=(15, 5.5), layout="constrained")
     shown = [model for model in models if model.size and model.statistics("last")[0] is not None]
     families: dict[str, list[Model]] = {}
-    for model in shown:
+    for model in models:
         families.setdefault(model.family, []).append(model)
     lines: dict[str, list[Model]] = {}
     for family, members in families.items():
-        is_line = len({model.runs[0].values["MODEL.NAME"] for model in members}) == len(members)
+        drawn = [model.runs[0].values["MODEL.NAME"] for model in members if model in shown]
+        is_line = len(set(drawn)) == len(drawn)
         lines |= {family: members} if is_line else {model.name: [model] for model in members}
     for axes, what, name in zip(figure.subplots(1, 2), ("parameters", "macs"), ("Parameters", "MACs"), strict=True):
         most = max((getattr(model.size, what) for model in shown), default=0)
         unit, prefix = (1e9, "G") if most >= 1e9 else (1e6, "M")
         for number, (label, unsorted) in enumerate(lines.items()):
-            members = sorted(unsorted, key=lambda model: getattr(model.size, what))
+            members = sorted(set(unsorted) & set(shown), key=lambda model: getattr(model.size, what))
+            if not members:  # whose colour stays free, so that the others have theirs of the learning curves
+                continue
             x = [getattr(model.size, what) / unit for model in members]
             y, deviations = zip(*(model.statistics("last") for model in members), strict=True)
             style = {"color": COLORS[number % len(COLORS)], "marker": "os^Dv"[number // len(COLORS) % 5], "capsize": 3}
@@ -310,6 +318,7 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
         axes.grid(alpha=0.3)
         if not shown:
             axes.text(0.5, 0.5, "no run has an accuracy yet", transform=axes.transAxes, ha="center")
+            axes.set(xticks=[], yticks=[])
     _legend(figure)
     return figure
 
@@ -327,7 +336,7 @@ def _legend(figure: Figure) -> None:
 
 
 def draw_curves(models: Sequence[Model]) -> Figure:
-    """Top-1 and training loss against the epoch, the mean over the seeds of each model."""
+    """Top-1 and training loss against the epoch: mean and standard deviation over the seeds of each model."""
     figure = Figure(figsize=(15, max(5.0, 0.24 * len(models))), layout="constrained")
     accuracy, loss = figure.subplots(1, 2)
     for number, model in enumerate(models):
@@ -351,8 +360,12 @@ def _draw_mean(axes: Axes, model: Model, key: str, style: dict[str, Any]) -> Non
                 by_epoch.setdefault(record["epoch"], []).append(record[key])
     if by_epoch:
         epochs = sorted(by_epoch)
-        marker = "o" if len(epochs) == 1 else ""
-        axes.plot(epochs, [mean(by_epoch[epoch]) for epoch in epochs], label=plain(model.name), marker=marker, **style)
+        means = [mean(by_epoch[epoch]) for epoch in epochs]
+        deviations = [stdev(by_epoch[epoch]) if len(by_epoch[epoch]) > 1 else 0.0 for epoch in epochs]
+        axes.plot(epochs, means, label=plain(model.name), marker="o" if len(epochs) == 1 else "", **style)
+        if any(deviations):
+            low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+            axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 def save(folder: Path, files: dict[str, str | Figure]) -> None:

@@ -266,7 +266,10 @@ def parse_args() -> argparse.Namespace:
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set"
     )
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.table1 and (args.opts or args.csv):
+        parser.error("--opts and --csv go with --cfg; --table1 is of the paper's models alone")
+    return args
 
 
 def main() -> None:
