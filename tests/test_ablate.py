@@ -186,6 +186,21 @@ def test_base(configs):
         assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 
 
+def test_options_that_make_a_config_valid(configs, tmp_path):
+    """A warm-up longer than the training, in a base and in its setting, which --opts mends."""
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    (tmp_path / "base.yaml").write_text(BASE.replace("WARMUP_EPOCHS: 1", "WARMUP_EPOCHS: 20"))
+    settings = load_settings(arguments(folder, opts=["TRAIN.WARMUP_EPOCHS", "0"]))
+    assert [(s.name, s.problem) for s in settings] == [("base", ""), ("a", "")]
+
+
+def test_bases_of_bases(configs):
+    folder = configs(a=setting("STRIP_WIDTH: 5"), c="BASE: a.yaml\nTRAIN: {OPTIMIZER: {NAME: sgd}}\n")
+    settings = load_settings(arguments(folder / "c.yaml", folder / "a.yaml"))
+    assert [(s.name, s.base and s.base.name) for s in settings] == [("base", None), ("a", "base"), ("c", "a")]
+    assert "TRAIN.OPTIMIZER.NAME sgd" in report(settings, [0])["ablation.md"]
+
+
 def test_base_that_is_given(configs):
     folder = configs(a=setting("STRIP_WIDTH: 5"), b=setting("STRIP_WIDTH: 7"))
     settings = load_settings(arguments(folder, base=str(folder / "b.yaml")))
@@ -244,7 +259,7 @@ def test_two_settings_in_one_folder(configs, tmp_path):
 
 
 def test_epochs_shorten_the_warm_up():
-    config, _ = load_config(ROOT / "configs/smlp_tiny_alpha3_patch4_224_cifar10.yaml")
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_cifar10.yaml"
     assert options_of(arguments(epochs=30), config) == ["TRAIN.EPOCHS", "30", "TRAIN.WARMUP_EPOCHS", "2"]
     assert options_of(arguments(epochs=1), config) == ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
     opts = ["TRAIN.WARMUP_EPOCHS", "5"]

@@ -137,6 +137,23 @@ def test_figures(run_folder, tmp_path):
     assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 1.0]] * 3
 
 
+def test_run_that_has_just_begun_goes_with_its_seeds(run_folder, tmp_path):
+    for seed in "01":
+        folder = run_folder(f"a_seed{seed}", [50.0] * 10, "SEED", seed)
+        metrics = folder / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"top5"', '"processes": 4, "top5"'))
+    run_folder("a_seed2", [], "SEED", "2")
+    run_folder("b_seed0", [], "MODEL.STRIP_MLP.GRN", "False")
+    models = as_models(find_runs([tmp_path]))
+    assert [(model.name, len(model.runs)) for model in models] == [("a", 3), ("b", 1)]
+    assert "processes" not in differences(models)[0]
+    # Another number of processes is another model: the global batch differs.
+    metrics.write_text(metrics.read_text().replace('"processes": 4', '"processes": 8'))
+    models = as_models(find_runs([tmp_path]))
+    assert len(models) == 3
+    assert "processes" in differences(models)[0]
+
+
 def test_values_of_another_kind_of_model_do_not_count(run_folder, tmp_path):
     resnet = ROOT / "configs/peers/resnet50.yaml"
     run_folder("a_seed0", [50.0], cfg=resnet)

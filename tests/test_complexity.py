@@ -58,15 +58,40 @@ def test_peers(path):
     for kind, name, count in rows[:-1]:
         if kind != "block" or not any(name.startswith(f"{stage}.") for stage in stages):
             parts += count
-    free = sum(p.numel() for name, p in model.named_parameters() if "." not in name)  # of the model itself
-    assert parts.parameters + free == total.parameters
-    assert parts.macs == total.macs
+    assert parts == total
     for stage in stages:
         blocks = Count()
         for kind, name, count in rows:
             if kind == "block" and name.startswith(f"{stage}."):
                 blocks += count
         assert blocks.macs == counted.of(stage).macs, stage
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "blocks", "other"),
+    [
+        ("strip_mlp_tiny_light", ["stages.0", "stages.3"], ["stages.0.1", "stages.2.5"], ["patch_embed", "merging.2"]),
+        ("resnet18", ["layer1", "layer4"], ["layer1.0", "layer4.1"], ["conv1", "bn1", "fc"]),
+        ("convnext_atto", ["stages.0", "stages.3"], ["stages.1.downsample", "stages.1.blocks.1"], ["stem"]),
+        ("regnety_002", ["s1", "s4"], ["s1.b1", "s4.b7"], ["stem"]),
+        ("efficientnet_b0", ["blocks.0", "blocks.3"], ["blocks.1.1", "blocks.3.2"], ["conv_stem", "bn2"]),
+        ("vit_tiny_patch16_224", [], ["blocks.0", "blocks.11"], ["(itself)", "patch_embed"]),
+        ("mixer_s32_224", [], ["blocks.0", "blocks.7"], ["stem", "norm"]),
+    ],
+)
+def test_stages_and_blocks(name, stages, blocks, other):
+    counted = Complexity(timm.create_model(name), (224, 224))
+    found = {(kind if kind != "own" else "", name): count for kind, name, count in counted.rows()}
+    assert {("stage", stage) for stage in stages} <= found.keys()
+    assert {("block", block) for block in blocks} <= found.keys()
+    assert {("", part) for part in other} <= found.keys()
+    assert [bool(stages)] == list({any(kind == "stage" for kind, _ in found)})
+    inside = tuple(f"{stage}." for kind, stage in found if kind == "stage")
+    parts = Count()
+    for (kind, path), count in found.items():
+        if kind != "model" and not (kind == "block" and path.startswith(inside)):
+            parts += count
+    assert parts == found["model", "total"] == counted.of()
 
 
 def test_by_hand():
@@ -77,21 +102,21 @@ def test_by_hand():
 
         def __init__(self):
             super().__init__()
-            self.stages = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())])
+            self.stages = nn.ModuleList([nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()))])
             self.head = nn.Linear(4, 5)
 
         def forward(self, x):
             return self.head(self.stages[0](x).mean(dim=(2, 3)))
 
     counted = Complexity(Net(), (8, 8))
-    conv = counted.of("stages.0.0")
+    conv = counted.of("stages.0.0.0")
     assert (conv.parameters, conv.macs, conv.activations) == (3 * 4 * 9 + 4, 64 * 3 * 4 * 9, 64 * 4)
     assert conv.weight_bytes == 4 * conv.parameters
-    assert counted.of("stages.0.1") == Count(saved_bytes=4 * 64 * 4)  # ReLU keeps its output
+    assert counted.of("stages.0.0.1") == Count(saved_bytes=4 * 64 * 4)  # ReLU keeps its output
     head = counted.of("head")
     assert (head.parameters, head.macs, head.activations, head.saved_bytes) == (25, 20, 5, 4 * 4)
     rows = [(kind, name) for kind, name, _ in counted.rows()]
-    expected = [("stage", "stages.0"), ("block", "stages.0.0"), ("block", "stages.0.1"), ("", "head")]
+    expected = [("stage", "stages.0"), ("block", "stages.0.0"), ("", "head")]
     assert rows == [*expected, ("model", "total")]
 
 

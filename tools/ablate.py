@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
-from complexity import Count, with_known_classes
+from complexity import Count, without_data
 from matplotlib.figure import Figure
 from tables import as_csv, markdown
 
@@ -122,21 +122,26 @@ def find_configs(patterns: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
-def base_of(path: Path) -> Path | None:
+def base_of(path: Path, opts: Sequence[str] = ()) -> Path | None:
     """The config that a file's BASE names; None where it is a fragment, which gives the model no name, or several."""
     bases = read_yaml(path).get("BASE")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or len(bases) != 1 or not isinstance(bases[0], str) or not bases[0]:
         return None
     base = Path(os.path.relpath((path.parent / bases[0]).resolve()))
-    config, _ = load_config(base)
+    config, _ = load_config(base, opts)
     return base if get_default_config().MODEL.NAME != config.MODEL.NAME else None
 
 
-def options_of(args: argparse.Namespace, config: Any) -> list[str]:
-    """--opts for main.py, without the seed. The warm-up keeps its share of the training."""
+def options_of(args: argparse.Namespace, path: Path) -> list[str]:
+    """--opts for main.py, without the seed. The warm-up keeps its share of the training.
+
+    Raises:
+        ConfigError: the config cannot be used.
+    """
     if args.epochs is None:
         return args.opts
+    config, _ = load_config(path, args.opts)
     opts = ["TRAIN.EPOCHS", str(args.epochs)]
     if "TRAIN.WARMUP_EPOCHS" not in args.opts[::2]:
         warmup = min(round(config.TRAIN.WARMUP_EPOCHS * args.epochs / config.TRAIN.EPOCHS), args.epochs - 1)
@@ -150,8 +155,7 @@ def load_setting(path: Path, args: argparse.Namespace) -> Setting:
     try:
         overrides = [("OUTPUT", str(args.output), "--output")]
         overrides += [("DATA.DATA_PATH", args.data_path, "--data-path")] if args.data_path else []
-        plain, _ = load_config(path)
-        setting.config, setting.notes = load_config(path, options_of(args, plain), overrides)
+        setting.config, setting.notes = load_config(path, options_of(args, path), overrides)
         setting.values = leaves(setting.config)
     except ConfigError as error:
         setting.problem = str(error)
@@ -159,7 +163,7 @@ def load_setting(path: Path, args: argparse.Namespace) -> Setting:
 
 
 def load_settings(args: argparse.Namespace) -> list[Setting]:
-    """All settings, a base before the first setting that is compared with it.
+    """All settings, a base before those that are compared with it.
 
     Raises:
         UserError: nothing to do, or two settings would share their folders.
@@ -169,7 +173,7 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
         raise ConfigError(f"--base: {problem}")
     for path in find_configs(args.configs):
         try:
-            base = Path(args.base) if args.base else base_of(path)
+            base = Path(args.base) if args.base else base_of(path, args.opts)
         except ConfigError:
             base = None  # which loading the setting meets again, and says
         for needed in filter(None, (base, path)):
@@ -177,8 +181,12 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
                 settings[needed.resolve()] = load_setting(needed, args)
         if base and base.resolve() != path.resolve():
             settings[path.resolve()].base = settings[base.resolve()]
-    # What was given first and turns out to be a base goes before its settings.
-    order = sorted(settings.values(), key=lambda setting: setting.base is not None) if args.base else settings.values()
+    order: list[Setting] = []
+    for setting in settings.values():
+        before = [setting]
+        while before[-1].base:
+            before.append(before[-1].base)
+        order += [s for s in reversed(before) if s not in order]
     folders: dict[str, Path] = {}
     for setting in order:
         if setting.problem:
@@ -192,7 +200,7 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
         folders[folder] = setting.path
         if setting.base and not setting.base.problem:
             setting.same_as_base = sameness(setting)
-    return list(order)
+    return order
 
 
 def sameness(setting: Setting) -> str:
@@ -214,7 +222,7 @@ def behaviour(config: Any) -> list[torch.Tensor]:
     """What tells two models of one seed apart: their weights, and their outputs in training and evaluation."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = build_model(with_known_classes(config))
+        model = build_model(without_data(config))
         for parameter in model.parameters():  # of which some start at zero, and hide what they multiply
             parameter.add_(0.02 * torch.randn_like(parameter))
         size = config.DATA.IMG_SIZE
@@ -232,8 +240,7 @@ def command(setting: Setting, seed: int, args: argparse.Namespace) -> list[str]:
     words = [*launcher, os.path.relpath(ROOT / "main.py"), "--cfg", str(setting.path), "--output", str(args.output)]
     words += ["--tag", tag(setting, seed)]
     words += ["--data-path", args.data_path] if args.data_path else []
-    plain, _ = load_config(setting.path)
-    return [*words, "--opts", *options_of(args, plain), "SEED", str(seed)]
+    return [*words, "--opts", *options_of(args, setting.path), "SEED", str(seed)]
 
 
 def tag(setting: Setting, seed: int) -> str:
@@ -277,9 +284,10 @@ class Interrupted(Exception):
 
 class Launcher:
     """Runs commands one after the other, and passes the signals that stop a run on to it, as SIGTERM to torchrun,
-    which dies of SIGUSR1 and leaves its processes behind."""
+    which dies of SIGUSR1 and leaves its processes behind. A terminal that goes away ends the run too, unless under
+    nohup."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, torchrun: bool) -> None:
         self._torchrun = torchrun
@@ -287,7 +295,9 @@ class Launcher:
         self._stopping = False
 
     def __enter__(self) -> "Launcher":
-        self._before = {number: signal.signal(number, self._pass_on) for number in self.SIGNALS}
+        # A script's background commands, and those under nohup, ignore some.
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -297,7 +307,8 @@ class Launcher:
     def _pass_on(self, number: int, frame) -> None:
         self._stopping = True
         if self._process and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM if self._torchrun else number)
+            hard = self._torchrun or number == signal.SIGHUP
+            self._process.send_signal(signal.SIGTERM if hard else number)
 
     def run(self, words: list[str], console: Path) -> tuple[int, str]:
         """The command's exit status and what it printed, which is also added to the file `console`.
@@ -359,8 +370,8 @@ def announce(settings: Sequence[Setting]) -> None:
         if setting.problem:
             print(f"{setting.name}: FAILED: {setting.problem}", file=sys.stderr)
         if setting.same_as_base:
-            changes = ", ".join(f"{key} {value!r}" for key, value in setting.changes.items())
-            print(f"{setting.name}: {changes} {setting.same_as_base}; not trained".replace("  ", " "), file=sys.stderr)
+            changes = "".join(f"{key} {value!r} " for key, value in setting.changes.items())
+            print(f"{setting.name}: {changes}{setting.same_as_base}; not trained", file=sys.stderr)
 
 
 def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
@@ -412,7 +423,9 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         last, best, loss, (speed, _) = map(model.statistics, ("last", "best", "loss", "speed"))
         base, _ = setting.base.finished.statistics("last") if setting.base else (None, None)
         delta = None if base is None or last[0] is None else last[0] - base
-        changes = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in setting.changes.items())
+        changes = ", ".join(
+            f"{key.removeprefix('MODEL.').removeprefix('STRIP_MLP.')} {value}" for key, value in setting.changes.items()
+        )
         if setting.same_as_base:
             changes = f"{changes} {setting.same_as_base}".strip()
         elif any(other.base is setting for other in settings):

@@ -105,14 +105,15 @@ class Run:
     @property
     def speed(self) -> float | None:
         """Images per second in training, of the median epoch."""
-        return median([r["images_per_second"] for r in self.records if "images_per_second" in r] or [0]) or None
+        speeds = [record["images_per_second"] for record in self.records if "images_per_second" in record]
+        return median(speeds) if speeds else None
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
     """The config values that results depend on, without the seed. The path is one of them where it is all that says
     which images there are."""
     left_out = {*BOOKKEEPING, "SEED"}
-    if values["DATA.DATASET"] not in ("imagenet", "imagenet-1k"):
+    if values["DATA.DATASET"] in ("CIFAR10", "CIFAR100", "digits"):  # the same anywhere
         left_out.add("DATA.DATA_PATH")
     if values["MODEL.TYPE"] != "strip_mlp_layer":
         left_out |= {key for key in values if key.startswith("MODEL.STRIP_MLP.")}
@@ -194,10 +195,13 @@ class Model:
 def as_models(runs: Sequence[Run]) -> list[Model]:
     """The runs that have a config, those that differ in their seed alone together, in the order given."""
     groups: dict[tuple[str, int], list[Run]] = {}
-    times = Counter()
+    times: Counter[tuple[str, int]] = Counter()
+    processes = {repr(comparable(r.values)): r.processes for r in reversed(runs) if r.values and r.processes}
     for run in runs:
         if run.values:
-            same = repr((comparable(run.values), run.processes))
+            # A run without an epoch does not say how many processes it has: it goes with the others.
+            same = repr(comparable(run.values))
+            same += f" {run.processes or processes.setdefault(same, run.processes)}"
             seed = run.values["SEED"]
             # A second run with the same seed is no sample of its own: it is kept apart.
             groups.setdefault((same, times[same, seed]), []).append(run)
@@ -206,7 +210,7 @@ def as_models(runs: Sequence[Run]) -> list[Model]:
     names = [members[0].values["MODEL.NAME"] for members in groups.values()]
     # The first of these by which a model can be told from the others
     short = [name if tag in ("", "default") else tag for name, tag in zip(names, tags, strict=True)]
-    both = [f"{name}/{tag}" for name, tag in zip(names, tags, strict=True)]
+    both = [f"{name}/{tag}".rstrip("/") for name, tag in zip(names, tags, strict=True)]
     paths = [str(members[0].path) for members in groups.values()]
     models = []
     for number, members in enumerate(groups.values()):
@@ -222,7 +226,7 @@ def model_size(config: Any) -> Count | None:
     """Of a config's model, counted once; None where it cannot be built."""
     values = leaves(config)
     keys = [key for key in values if key.startswith("MODEL.")] + ["DATA.IMG_SIZE", "DATA.DATASET"]
-    key = repr([values[key] for key in keys if key not in ("MODEL.PRETRAINED", *BOOKKEEPING)])
+    key = repr([values[key] for key in keys if key not in ("MODEL.PRETRAINED", "MODEL.RESUME")])
     if key not in _sizes:
         try:
             _sizes[key] = model_complexity(config).of()
@@ -246,7 +250,7 @@ TITLES = ("model", "runs", "epochs", "top-1, %", "best, %", "parameters", "MACs"
 
 
 def table(models: Sequence[Model], runs: Sequence[Run]) -> tuple[str, str]:
-    """One row per model, and one per run without numbers, as Markdown and as CSV."""
+    """One row per model, and one per run whose config cannot be read, as Markdown and as CSV."""
     rows, numbers = [], []
     for model in models:
         last, best, speed = map(model.statistics, ("last", "best", "speed"))
@@ -276,8 +280,13 @@ def _remark(model: Model) -> str:
 def differences(models: Sequence[Model]) -> tuple[str, str] | None:
     """The config values that are not the same in all models, and the number of processes if it is not, as Markdown and
     as CSV; None where all are the same."""
-    values = [{**comparable(m.runs[0].values), "processes": m.runs[0].processes or ""} for m in models]
+    values = [
+        {**comparable(m.runs[0].values), "processes": next((r.processes for r in m.runs if r.processes), None)}
+        for m in models
+    ]
     keys = [key for key in dict.fromkeys(itertools.chain(*values)) if len({repr(v.get(key)) for v in values}) > 1]
+    if len({v["processes"] for v in values} - {None}) < 2:  # None: not one epoch is done
+        keys = [key for key in keys if key != "processes"]
     if not keys:
         return None
     rows = [(model.name, *(v.get(key, "") for key in keys)) for model, v in zip(models, values, strict=True)]
@@ -300,9 +309,10 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
     for axes, what, name in zip(figure.subplots(1, 2), ("parameters", "macs"), ("Parameters", "MACs"), strict=True):
         most = max((getattr(model.size, what) for model in shown), default=0)
         unit, prefix = (1e9, "G") if most >= 1e9 else (1e6, "M")
-        for number, (label, unsorted) in enumerate(lines.items()):
+        for label, unsorted in lines.items():
+            number = models.index(unsorted[0])  # its colour is that of the learning curve
             members = sorted(set(unsorted) & set(shown), key=lambda model: getattr(model.size, what))
-            if not members:  # whose colour stays free, so that the others have theirs of the learning curves
+            if not members:
                 continue
             x = [getattr(model.size, what) / unit for model in members]
             y, deviations = zip(*(model.statistics("last") for model in members), strict=True)
@@ -354,7 +364,7 @@ def draw_curves(models: Sequence[Model]) -> Figure:
 
 def _draw_mean(axes: Axes, model: Model, key: str, style: dict[str, Any]) -> None:
     by_epoch: dict[float, list[float]] = {}
-    for run in model.runs:
+    for run in model.counted:
         for record in run.records:
             if key in record:
                 by_epoch.setdefault(record["epoch"], []).append(record[key])

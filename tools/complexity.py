@@ -78,35 +78,45 @@ class Complexity:
         return total
 
     def rows(self) -> Iterator[tuple[str, str, Count]]:
-        """(kind, name, count) of the stages, each before its blocks, and of everything between them; the model last.
+        """(kind, name, count) of the stages, each before its blocks, and of everything else; the model last. Without
+        the blocks of stages, the rows add up to the model.
 
-        A stage is what timm's `feature_info` says, except in networks that are one row of blocks, where it says blocks.
+        Stages are what timm's `feature_info` says, if they have parts; networks that are one row of blocks have none.
         """
         stages = {info["module"] for info in getattr(self.model, "feature_info", ())}
         for kind, name in _walk("", self.model, stages):
-            count = self.of(name)
+            count = self._counts[name] if kind == "own" else self.of(name)
             if count != Count():
-                yield kind, name, count
+                yield kind, name or "(itself)", count
         yield "model", "total", self.of()
 
 
-def _walk(name: str, module: nn.Module, stages: set[str]) -> Iterator[tuple[str, str]]:
-    """(kind, name) of everything that is listed of a module."""
+def _walk(name: str, module: nn.Module, stages: set[str], beside_stages: bool = False) -> Iterator[tuple[str, str]]:
+    """(kind, name) of everything that is listed of a module; "own" is what a container has besides its parts."""
     parts = [(f"{name}.{child}".removeprefix("."), part) for child, part in module.named_children()]
-    if name in stages and name.startswith("blocks."):
+    is_ancestor = any(stage.startswith(f"{name}.") for stage in stages)
+    if not name or is_ancestor or (isinstance(module, nn.ModuleList) and not beside_stages):
+        yield "own", name
+        for path, part in parts:
+            yield from _walk(path, part, stages, bool(name) and is_ancestor)
+    elif beside_stages and not _has_blocks(module):
         yield "block", name
-    elif name in stages and parts:
+    elif (name in stages or beside_stages) and _has_blocks(module):
         yield "stage", name
         for path, part in parts:
-            if isinstance(part, nn.Sequential | nn.ModuleList):
+            if path.endswith("blocks"):
                 yield from (("block", f"{path}.{child}") for child, _ in part.named_children())
             else:
                 yield "block", path
-    elif not name or isinstance(module, nn.ModuleList) or any(stage.startswith(f"{name}.") for stage in stages):
-        for path, part in parts:
-            yield from _walk(path, part, stages)
     else:
         yield "", name
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Whether its parts have parts of their own, where a block, a norm or a stem is made of layers."""
+    parts = list(module.children())
+    layers = [part for part in parts if not any(True for _ in part.children())]
+    return len(layers) < len(parts) and not any(True for layer in layers for _ in layer.parameters())
 
 
 class _Watch(TorchDispatchMode):
@@ -161,11 +171,13 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def with_known_classes(config):
-    """The config with a MODEL.NUM_CLASSES of its own, or else as many as its data set usually has."""
+def without_data(config):
+    """The config of a model that can be built and measured without its data: with as many classes as its data set
+    usually has if it does not say how many, and without recomputing activations, which hides what a pass keeps."""
     config = config.clone()
     config.defrost()
     config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or CLASSES.get(config.DATA.DATASET, 1000)
+    config.TRAIN.USE_CHECKPOINT = False
     return config
 
 
@@ -175,8 +187,7 @@ def model_complexity(config) -> Complexity:
     Raises:
         ValueError: the model cannot be built, or cannot run on images of that size.
     """
-    config = with_known_classes(config)
-    config.TRAIN.USE_CHECKPOINT = False  # which hides what is kept for the backward pass
+    config = without_data(config)
     try:
         return Complexity(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
     except Exception as error:  # any timm model's own, for sizes that it does not take
