@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from distributed import World
 
+# The process group does not always notice that another process has ended: gloo may wait for it for ever.
+ORPHAN_SECONDS = 60.0
+
 
 class Mark(NamedTuple):
     """Where a process is. Positions of all processes compare: the smallest is the one that the others wait for."""
@@ -41,7 +44,8 @@ class Peer:
 
 
 class Watchdog:
-    """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`. Outside, does nothing.
+    """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`, or for `ORPHAN_SECONDS`
+    after the processes' store has gone, and with it rank 0 or torchrun. Outside, does nothing.
 
     The message names the process that hangs: the one whose own watchdog is silent (it is stopped, or its machine is
     gone), or else the one that is behind. The stack of this process goes to stderr.
@@ -57,6 +61,7 @@ class Watchdog:
         self._ended = threading.Event()
         self._peers: list[Peer] = []
         self._answered = 0.0  # when the store last did
+        self._store_lost = float("inf")  # when the store's process had ended
 
     def __enter__(self) -> "Watchdog":
         self._since = time.monotonic()
@@ -91,17 +96,19 @@ class Watchdog:
             waited += min(now - looked, 2 * self.interval)
             looked = now
             if waited > self.seconds:
-                self._give_up()
+                self._give_up(f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}")
+            elif min(waited, now - self._store_lost) > ORPHAN_SECONDS:
+                self._give_up(
+                    f"no progress for {ORPHAN_SECONDS:g} seconds since the processes' store, which is rank 0's if not "
+                    f"torchrun's, has gone; here: {self._mark.doing}"
+                )
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str) -> None:
         """Says why, and ends this process whatever happens: the console may be what hangs."""
         try:
             with contextlib.suppress(Exception):  # no stderr
                 faulthandler.dump_traceback_later(20, exit=True)
-            self.logger.error(
-                f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}; this process exits, the same "
-                "command goes on from the last checkpoint"
-            )
+            self.logger.error(f"{reason}; this process exits, the same command goes on from the last checkpoint")
             for child in multiprocessing.active_children():
                 child.kill()
             faulthandler.dump_traceback()
@@ -123,7 +130,9 @@ class Watchdog:
                 if self._idle() > self.seconds / 2:
                     self._listen(store)
                 self._ended.wait(self.interval)
-        except RuntimeError as error:  # its process has gone; the process group will say so, or `_reason`
+        except RuntimeError as error:  # most often its process has gone, which the process group should notice too
+            if isinstance(error, dist.DistNetworkError):  # and not a store that is merely slow
+                self._store_lost = time.monotonic()
             self.logger.info(f"the watchdog has lost the processes' store: {str(error).splitlines()[0]}")
 
     def _listen(self, store: dist.Store) -> None:

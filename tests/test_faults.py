@@ -493,6 +493,50 @@ def test_process_that_hangs_is_named(victim, tmp_path):
         assert "the processes' store, which is rank 0's if not torchrun's, does not answer" in other.stderr
 
 
+STORE = """
+import sys, time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("there", flush=True)
+time.sleep(300)
+"""
+WAITING_FOR_THE_DEAD = """
+import logging, sys, time
+import torch, watchdog
+from distributed import World
+watchdog.ORPHAN_SECONDS = 2.0
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+dog = watchdog.Watchdog(World(1, 1, 2, torch.device("cpu")), 1000, logging.getLogger())
+dog.interval = 0.2
+with dog:
+    for _ in range(8):  # as long as there is progress, the rest of the job may be well
+        dog.at(0, doing="stepping")
+        print("step", flush=True)
+        time.sleep(0.5)
+    dog.at(1, doing="adding up gradients")
+    time.sleep(300)
+"""
+
+
+def test_process_that_is_left_alone():
+    """Rank 0 is killed, and gloo does not notice, which happens: no need to wait for TIMEOUT."""
+    port = free_port()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", STORE, port], **pipes) as store:
+        assert store.stdout.readline() == "there\n"
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with subprocess.Popen([sys.executable, "-c", WAITING_FOR_THE_DEAD], env=env, cwd=ROOT, **pipes) as waiting:
+            for _ in range(4):  # by which it has connected
+                assert waiting.stdout.readline() == "step\n"
+            store.kill()
+            out, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 1
+    assert "no progress for 2 seconds since the processes' store, which is rank 0's if not torchrun's, has gone" in out
+    assert "here: adding up gradients; this process exits" in out
+    assert out.count("step\n") == 4
+    assert 'File "<string>"' in err  # the stack
+
+
 def test_torchrun_brings_a_killed_process_back(tmp_path):
     """`--max-restarts`: one rank is killed twice, and the job ends by itself with the weights of an undisturbed one."""
     arguments = command(tmp_path / "a", "--batch-size", 32, opts=("SAVE_STEPS", 3))
