@@ -90,18 +90,22 @@ def test_panels_hold_the_numbers(tmp_path):
         {"epoch": 2, "train_loss": 2.0, "lr": 2e-3},
         epoch_record(3, train_loss=1.5, val_loss=1.0, top1=70.0, top5=90.0, lr=1e-3),
         epoch_record(4, train_loss=1.2, val_loss=1.1, top1=70.0, top5=91.0, lr=0),
+        epoch_record(5, train_loss=None, val_loss=1.2, top1=69.0, top5=90.0, lr=0),
     ]
     metrics = write_run(tmp_path / "run", records) / "metrics.jsonl"
     figure = tool.draw_metrics(tool.read_metrics(metrics), "run")
     loss, accuracy, rate = figure.axes
-    assert curves(loss) == {"training": [(1, 3), (2, 2), (3, 1.5), (4, 1.2)], "validation": [(3, 1), (4, 1.1)]}
+    assert curves(loss) == {
+        "training": [(1, 3), (2, 2), (3, 1.5), (4, 1.2)],
+        "validation": [(3, 1), (4, 1.1), (5, 1.2)],
+    }
     assert curves(accuracy) == {
-        "top-1": [(1, 10), (3, 70), (4, 70)],
-        "top-5": [(1, 30), (3, 90), (4, 91)],
+        "top-1": [(1, 10), (3, 70), (4, 70), (5, 69)],
+        "top-5": [(1, 30), (3, 90), (4, 91), (5, 90)],
         "best top-1": [(3, 70)],
     }
     assert accuracy.get_title() == "Best top-1: 70.00 % (epoch 3)"
-    assert curves(rate) == {"learning rate": [(1, 1e-3), (2, 2e-3), (3, 1e-3), (4, 0)]}
+    assert curves(rate) == {"learning rate": [(1, 1e-3), (2, 2e-3), (3, 1e-3), (4, 0), (5, 0)]}
     assert [axes.get_xlabel() for axes in figure.axes] == ["Epoch"] * 3
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "Cross-entropy (nats)",

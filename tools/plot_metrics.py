@@ -1,8 +1,8 @@
 """Draw a training run's curves (loss, accuracy, learning rate) into a PNG.
 
-Input: ``<run>/metrics.jsonl``, one JSON object per line and epoch. Read from it: ``epoch`` (from 1), ``train_loss``,
-``lr`` and, missing or null in epochs without an evaluation, ``val_loss``, ``top1`` and ``top5`` (percent); for
-compare_runs.py and ablate.py also ``images_per_second``, ``seconds`` and ``processes``, where they are there.
+Input: ``<run>/metrics.jsonl``, one JSON object per line and epoch. Read from it: ``epoch`` (from 1), ``lr`` and, where
+they are there and not null, ``train_loss`` (null where all steps were skipped), ``val_loss``, ``top1`` and ``top5``
+(percent); for compare_runs.py and ablate.py also ``images_per_second``, ``seconds`` and ``processes``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-ALWAYS = ("train_loss", "lr")
-WHEN_EVALUATED = ("val_loss", "top1", "top5")
-OPTIONAL = (*WHEN_EVALUATED, "images_per_second", "seconds", "processes")
+OPTIONAL = ("train_loss", "val_loss", "top1", "top5", "images_per_second", "seconds", "processes")
 
 # Blue and orange of matplotlib's "tableau-colorblind10", which colour-blind readers can tell apart.
 FIRST_COLOR = "#006BA4"
@@ -50,7 +48,7 @@ def read_record(line: bytes) -> Record:
     if not isinstance(epoch, float) or not epoch.is_integer() or epoch < 1:
         raise ValueError(f"'epoch' is {epoch!r:.40}: accepted is an integer from 1")
     record: Record = {"epoch": epoch}
-    for key in (*ALWAYS, *OPTIONAL):
+    for key in ("lr", *OPTIONAL):
         value = data.get(key)
         if value is None and key in OPTIONAL:
             continue
