@@ -36,9 +36,6 @@ def run_entry_point(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more at its end
-        sys.exit(1)
     finally:
         # Loader processes are deaf to the SIGTERM with which Python ends those of an error that still holds them.
         children = multiprocessing.active_children()

@@ -1,6 +1,6 @@
 """What timm and the training scripts expect of a network of four stages, whatever its blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -63,6 +63,26 @@ class Backbone(nn.Module):
         """Parameters exempt from weight decay besides vectors and biases: none in the released recipe, which decays
         the position tables too."""
         return set()
+
+
+def describe_stages(embed_dim: int, patch_size: int) -> list[dict]:
+    """timm's `feature_info`: channels, pixels per token side and module of each of the four stages."""
+    return [{"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)]
+
+
+def build_stages(
+    feature_info: Sequence[dict],
+    depths: Sequence[int],
+    img_size: tuple[int, int],
+    block: Callable[[int, tuple[int, int]], nn.Module],
+) -> nn.ModuleList:
+    """The stages that `feature_info` describes, of `depths` blocks, each made by `block(channels, (H, W))`."""
+
+    def stage(info: dict, depth: int) -> nn.Sequential:
+        size = (img_size[0] // info["reduction"], img_size[1] // info["reduction"])
+        return nn.Sequential(*(block(info["num_chs"], size) for _ in range(depth)))
+
+    return nn.ModuleList(stage(info, depth) for info, depth in zip(feature_info, depths, strict=True))
 
 
 def merge(dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:

@@ -15,7 +15,16 @@ from timm.layers import ClassifierHead, DropPath, Mlp
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .backbone import Backbone, check_depths, check_img_size, image_cfg, merge, plain_weights
+from .backbone import (
+    Backbone,
+    build_stages,
+    check_depths,
+    check_img_size,
+    describe_stages,
+    image_cfg,
+    merge,
+    plain_weights,
+)
 
 __all__ = ["SparseMLP", "SparseMLPBlock", "TokenMixing", "checkpoint_filter_fn"]
 
@@ -138,26 +147,16 @@ class SparseMLP(Backbone):
         self.img_size = img_size
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = 8 * embed_dim
-        self.feature_info = [
-            {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)
-        ]
+        self.feature_info = describe_stages(embed_dim, patch_size)
         widths = [info["num_chs"] for info in self.feature_info]
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64, device="cpu").tolist())
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=False)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    SparseMLPBlock(
-                        info["num_chs"],
-                        (img_size[0] // info["reduction"], img_size[1] // info["reduction"]),
-                        alpha,
-                        next(rates),
-                    )
-                    for _ in range(depth)
-                )
-            )
-            for info, depth in zip(self.feature_info, depths, strict=True)
+        self.stages = build_stages(
+            self.feature_info,
+            depths,
+            img_size,
+            lambda dim, size: SparseMLPBlock(dim, size, alpha, next(rates)),
         )
         self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in pairwise(widths))
         self.norm = nn.BatchNorm2d(widths[-1])

@@ -11,6 +11,7 @@ C' = C / 2; a patch is a group of `patch_channels` (q) channels, so that there a
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,16 @@ from timm.layers import ClassifierHead, DropPath, GlobalResponseNormMlp, Mlp, tr
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .backbone import Backbone, check_depths, check_img_size, image_cfg, merge, plain_weights
+from .backbone import (
+    Backbone,
+    build_stages,
+    check_depths,
+    check_img_size,
+    describe_stages,
+    image_cfg,
+    merge,
+    plain_weights,
+)
 
 __all__ = [
     "CGSMM",
@@ -367,32 +377,22 @@ class StripMLP(Backbone):
         self.img_size = img_size
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = 8 * embed_dim
-        self.feature_info = [
-            {"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)
-        ]
+        self.feature_info = describe_stages(embed_dim, patch_size)
         c1, c2, c3, c4 = (info["num_chs"] for info in self.feature_info)
 
         self.patch_embed = nn.Conv2d(in_chans, c1, kernel_size=patch_size, stride=patch_size, bias=False)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    StripMLPBlock(
-                        info["num_chs"],
-                        (img_size[0] // info["reduction"], img_size[1] // info["reduction"]),
-                        alpha,
-                        grn,
-                        drop_path_rate,
-                        patch_channels=patch_channels,
-                        strip_width=strip_width,
-                        cgsmm_structure=cgsmm_structure,
-                        branches=branches,
-                        position_tables=position_tables,
-                    )
-                    for _ in range(depth)
-                )
-            )
-            for info, depth in zip(self.feature_info, depths, strict=True)
+        block = partial(
+            StripMLPBlock,
+            alpha=alpha,
+            grn=grn,
+            drop_path=drop_path_rate,
+            patch_channels=patch_channels,
+            strip_width=strip_width,
+            cgsmm_structure=cgsmm_structure,
+            branches=branches,
+            position_tables=position_tables,
         )
+        self.stages = build_stages(self.feature_info, depths, img_size, block)
         self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in ((c1, c2), (c2, c3), (c3, c4)))
         self.multi_scale_shortcuts = multi_scale_shortcuts
         if multi_scale_shortcuts:  # between the merged maps: stage 2 -> 3, then on to 4, and stage 3 -> 4

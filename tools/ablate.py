@@ -29,8 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
@@ -44,6 +43,7 @@ from run_folder import run_path
 from stopping import EXIT_STATUS
 from utils import UserError, run_entry_point, writing_to
 
+ROOT = Path(__file__).resolve().parent.parent
 CHANGES_NOTHING = "changes nothing in the model"
 NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
 SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
@@ -341,7 +341,7 @@ def console_of(setting: Setting, seed: int) -> Path:
 
 
 def reason(status: int, printed: str, console: Path) -> str:
-    """Why a run failed: its last error message."""
+    """Why a run failed: its first error message, from which others may follow."""
     lines = [line for line in printed.splitlines() if line.strip()]
     # Ours, or else an exception's, with or without the rank before it
     patterns = (
@@ -358,7 +358,7 @@ def to_train(settings: Sequence[Setting], seeds: Sequence[int]) -> Iterator[tupl
     for seed in seeds:
         for setting in settings:
             done = seed in setting.runs and setting.runs[seed].finished
-            if not (setting.problem or setting.same_as_base or done or seed in setting.failures):
+            if not (setting.problem or setting.same_as_base or done):
                 yield setting, seed
 
 
@@ -388,15 +388,17 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
             print(f"[{number}/{len(todo)}] {setting.name} seed {seed}{going_on}", end=" ... ", flush=True)
             started = time.monotonic()
             console = console_of(setting, seed)
-            status, printed = launcher.run(command(setting, seed, args), console)
-            look(setting, seed, args.processes)
+            try:
+                status, printed = launcher.run(command(setting, seed, args), console)
+            finally:
+                look(setting, seed, args.processes)
             run = setting.runs.get(seed)
             if status == 0 and run and run.finished and run.last is not None:
                 print(f"top-1 {run.last:.2f} % ({time.monotonic() - started:.0f} s)", flush=True)
             elif status == EXIT_STATUS:
                 print("stopped by a signal of its own", flush=True)
             else:
-                setting.failures.setdefault(seed, reason(status, printed, console))
+                setting.failures[seed] = reason(status, printed, console)
                 print(f"FAILED: {setting.failures[seed]}", flush=True)
 
 
@@ -502,10 +504,8 @@ def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
             for seed in seeds:
                 status, why = state(setting, seed)
                 if status != "finished":
-                    status = status.upper() if status == "failed" else status
-                    found.append(
-                        f"{setting.name} seed {seed}: {status}{': ' if status.isupper() else ' '}{why}".strip()
-                    )
+                    status = "FAILED:" if status == "failed" else status
+                    found.append(f"{setting.name} seed {seed}: {status} {why}".strip())
     return found
 
 
@@ -604,6 +604,7 @@ def main() -> None:
                 look(setting, seed, None if args.report else args.processes)
     announce(settings)
     if args.print:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
         for setting, seed in to_train(settings, args.seeds):
             print(shlex.join(command(setting, seed, args)))
         sys.exit(1 if any(setting.problem for setting in settings) else 0)
@@ -614,10 +615,6 @@ def main() -> None:
         except Interrupted:
             interrupted = True
             print("stopped; the same command goes on", flush=True)
-            for setting in settings:
-                for seed in args.seeds:
-                    if not (setting.problem or setting.same_as_base or seed in setting.failures):
-                        look(setting, seed)
     files = report(settings, args.seeds)
     print(f"\n{files['ablation.md']}")
     save(args.output, files)

@@ -22,8 +22,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from complexity import Count, model_complexity
 from matplotlib.axes import Axes

@@ -9,14 +9,14 @@ the modules behind the Strip-MLP paper's table 1 and prints what they give besid
 """
 
 import argparse
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from config import load_config
 from models import build_model
-from utils import UserError, run_entry_point, writing_to
+from utils import UserError, run_entry_point
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
@@ -99,8 +99,6 @@ def _walk(name: str, module: nn.Module, stages: set[str], beside_stages: bool = 
         yield "own", name
         for path, part in parts:
             yield from _walk(path, part, stages, bool(name) and is_ancestor)
-    elif beside_stages and not _has_blocks(module):
-        yield "block", name
     elif (name in stages or beside_stages) and _has_blocks(module):
         yield "stage", name
         for path, part in parts:
@@ -109,14 +107,14 @@ def _walk(name: str, module: nn.Module, stages: set[str], beside_stages: bool = 
             else:
                 yield "block", path
     else:
-        yield "", name
+        yield "block" if beside_stages else "", name
 
 
 def _has_blocks(module: nn.Module) -> bool:
     """Whether its parts have parts of their own, where a block, a norm or a stem is made of layers."""
     parts = list(module.children())
-    layers = [part for part in parts if not any(True for _ in part.children())]
-    return len(layers) < len(parts) and not any(True for layer in layers for _ in layer.parameters())
+    layers = [part for part in parts if not list(part.children())]
+    return len(layers) < len(parts) and not any(list(layer.parameters()) for layer in layers)
 
 
 class _Watch(TorchDispatchMode):
@@ -285,6 +283,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
     if args.table1:
         print(table1(), end="")
         return
@@ -307,8 +306,10 @@ def main() -> None:
     if args.csv:
         titles = ("kind", "module", *(field.name for field in fields(Count)))
         rows = [(kind, name, *vars(count).values()) for kind, name, count in complexity.rows()]
-        with writing_to(args.csv):
+        try:
             args.csv.write_text(as_csv(titles, rows), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--csv {args.csv}: cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":
