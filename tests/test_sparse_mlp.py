@@ -12,8 +12,9 @@ from complexity import Complexity
 from reference import fill
 from timm.layers import DropPath
 
-import models  # noqa: F401  (registers the variants with timm)
 from checkpoint import CheckpointError, load_pretrained, load_weights
+from config import load_config
+from models import build_model  # and registers the variants with timm
 from models.sparse_mlp import SparseMLP, TokenMixing, checkpoint_filter_fn
 from optimizer import param_groups
 
@@ -96,12 +97,21 @@ def test_variants(variant, millions, gigas, drop_path):
     model = timm.create_model(f"sparse_mlp_{variant}")
     drops = [block.drop_path for stage in model.stages for block in stage]
     blocks = [drop.drop_prob if isinstance(drop, DropPath) else 0.0 for drop in drops]
-    assert max(blocks) == pytest.approx(drop_path)
+    assert (blocks[0], blocks[-1]) == (0.0, pytest.approx(drop_path))
     assert blocks == sorted(blocks)
     assert len({round(b - a, 6) for a, b in itertools.pairwise(blocks)}) == 1  # linear
     count = Complexity(model, (224, 224)).of()
     assert round(count.parameters / 1e6, 2) == millions
     assert round(count.macs / 1e9, 2) == gigas
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_stochastic_depth_of_the_config(rate):
+    """A rate of 0 too, in a model with another default."""
+    path = Path(__file__).parent.parent / "configs/peers/sparse_mlp_small.yaml"
+    config, _ = load_config(path, ["MODEL.DROP_PATH_RATE", str(rate), "MODEL.NUM_CLASSES", "10"])
+    rates = [module.drop_prob for module in build_model(config).modules() if isinstance(module, DropPath)]
+    assert max(rates, default=0.0) == rate
 
 
 @torch.no_grad()
