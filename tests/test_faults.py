@@ -97,6 +97,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(
     """SIGTERM and SIGKILL in turn, at random steps; on two processes, to either of them."""
     flags = ("--amp", amp, "--accumulation-steps", accumulation, "--batch-size", (8, 8, 4, 2)[processes], "--output")
     opts = ("--opts", *TINY, *TWO_EPOCHS, "DATA.NUM_WORKERS", workers, "TRAIN.BASE_LR", 0.02)
+    opts += ("TIMEOUT", 60)  # gloo does not always notice that a process was killed: then the watchdog ends the others
     for run in start(processes, *augmented, *flags, tmp_path / "a", *opts):
         assert run.wait() == 0, run.stderr
     folder = tmp_path / "b" / "smlp_tiny_alpha3_patch4_224_imagenet1k/default"
