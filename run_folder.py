@@ -24,7 +24,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from distributed import World, from_main
-from utils import UserError, writing_to
+from utils import UserError, process_runs, writing_to
 
 LOCK = "run.lock"
 _EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
@@ -197,7 +197,7 @@ class Lock:
         except OSError:  # a file system without locks
             supported = False
         holder = _read_lock(self._file)
-        if holder and not supported and (holder["host"] != self._me["host"] or _runs(holder["process"])):
+        if holder and not supported and (holder["host"] != self._me["host"] or _other_runs(holder["process"])):
             hint = f"; if it has ended, delete {self.path} (this file system has no locks that would tell)"
             raise _in_use(self.path, holder, hint)
         if holder:
@@ -245,12 +245,6 @@ def _in_use(path: Path, holder: dict[str, Any] | None, hint: str) -> UserError:
     )
 
 
-def _runs(process: int) -> bool:
-    """Whether a process of this machine is alive."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # someone else's
-        return True
-    return process != os.getpid()
+def _other_runs(process: int) -> bool:
+    """Whether it is a process of this machine, other than this one."""
+    return process != os.getpid() and process_runs(process)

@@ -1,4 +1,5 @@
-"""What every entry point needs around its work: errors that are the user's to mend, and reproducible randomness."""
+"""What every entry point needs around its work: errors that are the user's to mend, reproducible randomness, and
+whether another process runs."""
 
 import multiprocessing
 import os
@@ -68,3 +69,17 @@ def seed_all(*position: int, cuda: bool = True) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1])
     (torch.manual_seed if cuda else torch.default_generator.manual_seed)(int(words[2]) << 32 | int(words[3]))
+
+
+def process_runs(process: int) -> bool:
+    """Whether there is a process of that number on this machine, be it stopped."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # someone else's
+        return True
+    try:  # one that has ended keeps its number until its parent asks for its status
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # no Linux
+        return True

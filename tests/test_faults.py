@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, Run, environment, free_port, python, start_processes, write_image_folder
 
 from checkpoint import read_checkpoint, read_training_state
+from utils import process_runs
 
 PICO = ("main.py", "--cfg", "configs/strip_mlp_pico_digits.yaml")
 FOLDER = "strip_mlp_pico_digits/default"
@@ -536,6 +537,18 @@ def test_process_that_is_left_alone():
     assert "here: adding up gradients; this process exits" in out
     assert out.count("step\n") == 10  # all the others
     assert 'File "<string>"' in err  # the stack
+
+
+def test_process_that_has_ended_does_not_run():
+    """Neither before nor after its parent has taken note."""
+    assert process_runs(os.getpid())
+    with subprocess.Popen(["sleep", "300"]) as process:
+        process.send_signal(signal.SIGSTOP)
+        assert process_runs(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not process_runs(process.pid)
+    assert not process_runs(process.pid)
 
 
 def test_torchrun_brings_a_killed_process_back(tmp_path):
