@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from distributed import World
+from utils import process_runs
 
 # The process group does not always notice that another process has ended: gloo may wait for it for ever.
 ORPHAN_SECONDS = 60.0
@@ -34,18 +35,30 @@ class Peer:
 
     Attributes:
         pulse: grows as long as its watchdog lives.
-        since: when the pulse was seen to grow.
+        silent: for how many seconds of listening the pulse has not grown.
+        process, host: where it runs.
+        left: it has come to the end of its `with`, without an error.
     """
 
     name: str
     mark: Mark = field(default_factory=lambda: Mark((-1,), "starting"))
     pulse: int = 0
-    since: float = field(default_factory=time.monotonic)
+    silent: float = 0.0
+    process: int = 0
+    host: str = ""
+    left: bool = False
+
+    def killed(self) -> bool:
+        """Whether it has ended before its time. Nobody can know on another machine; one that is stopped has not."""
+        # Its silence counts too: machines may share a name, and containers have process ids of their own.
+        silent = self.silent > ORPHAN_SECONDS and not self.left
+        return silent and self.host == socket.gethostname() and not process_runs(self.process)
 
 
 class Watchdog:
-    """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`, or for `ORPHAN_SECONDS`
-    after the processes' store has gone, and with it rank 0 or torchrun. Outside, does nothing.
+    """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`; or for `ORPHAN_SECONDS`
+    after the processes' store has gone, and with it rank 0 or torchrun, or while a process of this machine is silent
+    that no longer exists. Outside, does nothing.
 
     The message names the process that hangs: the one whose own watchdog is silent (it is stopped, or its machine is
     gone), or else the one that is behind. The stack of this process goes to stderr.
@@ -58,7 +71,7 @@ class Watchdog:
         self.world, self.seconds, self.logger = world, seconds, logger
         self.interval = min(10.0, seconds / 10)
         self._mark, self._since = Mark((0,), "starting"), time.monotonic()
-        self._ended = threading.Event()
+        self._ended, self._left = threading.Event(), False
         self._peers: list[Peer] = []
         self._answered = 0.0  # when the store last did
         self._store_lost = float("inf")  # when the store's process had ended
@@ -75,6 +88,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception) -> None:
+        self._left = exception[0] is None  # for one that fails the others would wait in vain
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=1)
@@ -102,6 +116,11 @@ class Watchdog:
                     f"no progress for {ORPHAN_SECONDS:g} seconds since the processes' store, which is rank 0's if not "
                     f"torchrun's, has gone; here: {self._mark.doing}"
                 )
+            elif waited > ORPHAN_SECONDS and (killed := [peer.name for peer in self._peers if peer.killed()]):
+                self._give_up(
+                    f"no progress for {ORPHAN_SECONDS:g} seconds, and {', '.join(killed)} has ended; here: "
+                    f"{self._mark.doing}"
+                )
 
     def _give_up(self, reason: str) -> None:
         """Says why, and ends this process whatever happens: the console may be what hangs."""
@@ -123,25 +142,31 @@ class Watchdog:
         try:
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
             store = dist.PrefixStore(f"{self.world.attempt}/watchdog", store)
-            while not self._ended.is_set():
+            ended = False
+            while not ended:
+                ended = self._ended.is_set()  # of which the others are told
                 pulse += 1
-                content = [pulse, *self._mark, f"process {os.getpid()} on {socket.gethostname()}"]
+                content = [pulse, *self._mark, os.getpid(), socket.gethostname(), self._left]
                 store.set(str(self.world.rank), json.dumps(content))
-                if self._idle() > self.seconds / 2:
+                if self._idle() > min(self.seconds, ORPHAN_SECONDS) / 2:
                     self._listen(store)
                 self._ended.wait(self.interval)
         except RuntimeError as error:  # most often its process has gone, which the process group should notice too
             if isinstance(error, dist.DistNetworkError):  # and not a store that is merely slow
                 self._store_lost = time.monotonic()
-            self.logger.info(f"the watchdog has lost the processes' store: {str(error).splitlines()[0]}")
+            if not self._ended.is_set():
+                self.logger.info(f"the watchdog has lost the processes' store: {str(error).splitlines()[0]}")
 
     def _listen(self, store: dist.Store) -> None:
+        # Nor has a process that was stopped (Ctrl-Z and fg) listened all that time.
+        listened = min(time.monotonic() - self._answered, 2 * self.interval)
         for rank, peer in enumerate(self._peers):
+            before = peer.pulse
             if store.check([str(rank)]):
-                pulse, position, doing, process = json.loads(store.get(str(rank)))
-                if pulse != peer.pulse:
-                    peer.pulse, peer.since = pulse, time.monotonic()
-                peer.mark, peer.name = Mark(tuple(position), doing), f"rank {rank} ({process})"
+                peer.pulse, position, doing, peer.process, peer.host, peer.left = json.loads(store.get(str(rank)))
+                peer.mark = Mark(tuple(position), doing)
+                peer.name = f"rank {rank} (process {peer.process} on {peer.host})"
+            peer.silent = peer.silent + listened if peer.pulse == before else 0.0
         self._answered = time.monotonic()
 
     def _reason(self) -> str:
@@ -151,11 +176,12 @@ class Watchdog:
             return here
         if now - self._answered > 3 * self.interval:
             return f"the processes' store, which is rank 0's if not torchrun's, does not answer; here: {here}"
-        silent = [peer.name for peer in self._peers if now - peer.since > 3 * self.interval]
+        peers = [peer for peer in self._peers if not peer.left]
+        silent = [peer.name for peer in peers if peer.silent > 3 * self.interval]
         if silent:
             return f"{', '.join(silent)} does not respond; here: {here}"
-        last = min(peer.mark.position for peer in self._peers)
-        behind = [peer for peer in self._peers if peer.mark.position == last]
-        if len(behind) == len(self._peers):
+        last = min(peer.mark.position for peer in peers)
+        behind = [peer for peer in peers if peer.mark.position == last]
+        if len(behind) == len(peers):
             return f"all processes are at the same point: {here}"
         return f"{', '.join(f'{peer.name} hangs: {peer.mark.doing}' for peer in behind)}; here: {here}"

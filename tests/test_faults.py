@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY, Run, environment, free_port, python, start_processes, write_image_folder
 
 from checkpoint import read_checkpoint, read_training_state
@@ -508,15 +510,16 @@ import torch, watchdog
 from distributed import World
 watchdog.ORPHAN_SECONDS = 2.0
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-dog = watchdog.Watchdog(World(1, 1, 2, torch.device("cpu")), 1000, logging.getLogger())
+rank, timeout, steps, seconds = map(int, sys.argv[1:])
+dog = watchdog.Watchdog(World(rank, rank, 2, torch.device("cpu")), timeout, logging.getLogger())
 dog.interval = 0.2
 with dog:
-    for _ in range(14):  # as long as there is progress, the rest of the job may be well
+    for _ in range(steps):  # as long as there is progress, the rest of the job may be well
         dog.at(0, doing="stepping")
         print("step", flush=True)
         time.sleep(0.5)
     dog.at(1, doing="adding up gradients")
-    time.sleep(300)
+    time.sleep(seconds)
 """
 
 
@@ -527,7 +530,8 @@ def test_process_that_is_left_alone():
     with subprocess.Popen([sys.executable, "-c", STORE, port], **pipes) as store:
         assert store.stdout.readline() == "there\n"
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        with subprocess.Popen([sys.executable, "-c", WAITING_FOR_THE_DEAD], env=env, cwd=ROOT, **pipes) as waiting:
+        command = [sys.executable, "-c", WAITING_FOR_THE_DEAD, "1", "1000", "14", "300"]
+        with subprocess.Popen(command, env=env, cwd=ROOT, **pipes) as waiting:
             for _ in range(4):  # by which it has connected
                 assert waiting.stdout.readline() == "step\n"
             store.kill()
@@ -537,6 +541,31 @@ def test_process_that_is_left_alone():
     assert "here: adding up gradients; this process exits" in out
     assert out.count("step\n") == 10  # all the others
     assert 'File "<string>"' in err  # the stack
+
+
+@pytest.mark.parametrize("what", ["killed", "stopped", "finished"])
+def test_process_that_waits_for_another(what, tmp_path):
+    """Rank 0 is not told what became of rank 1. Where that was killed, there is no need to wait for TIMEOUT."""
+    script, timeout = tmp_path / "waiting.py", 1000 if what == "killed" else 8
+    script.write_text(WAITING_FOR_THE_DEAD)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    other = Run(script, 1, 1000, 0, 3 if what == "finished" else 300, **env)
+    store.wait(["/watchdog/1"], timedelta(seconds=60))
+    waiting = Run(script, 0, timeout, 0, 300, **env)
+    try:
+        store.wait(["/watchdog/0"], timedelta(seconds=60))
+        if what != "finished":
+            other.kill(signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
+        assert waiting.wait(60) == 1
+        assert other.running == (what == "stopped")
+    finally:
+        other.kill(signal.SIGKILL)
+    if what == "killed":
+        name = f"rank 1 (process {other.process} on {os.uname().nodename})"
+        assert f"no progress for 2 seconds, and {name} has ended; here: adding up gradients" in waiting.stdout
+    else:
+        assert "no progress for 8 seconds (TIMEOUT)" in waiting.stdout
 
 
 def test_process_that_has_ended_does_not_run():

@@ -106,7 +106,7 @@ def test_watchdog_names_the_process_that_is_behind():
 def test_watchdog_names_the_process_that_is_silent():
     mark = Mark((3, 0, 8, 1), "x")
     silent = Peer("rank 2 (process 7 on there)", mark)
-    silent.since -= 1000
+    silent.silent = 1000
     assert (
         watchdog(Peer("rank 0", mark), Peer("rank 1", mark), silent)
         ._reason()
