@@ -4,10 +4,11 @@ Read it top to bottom, as the paper does: the strip MLP layer (one axis), the ca
 (CGSMM: rows, then columns, group-wise), the local strip mixing module (LSMM), the strip mixing block that runs both
 on half of the channels each, the channel mixing block, and the network of four stages with multi-scale shortcuts.
 
-Feature maps are (N, C, H, W), or the same in `torch.channels_last` memory format. Inside a strip mixing block,
-C' = C / 2; a patch is a group of `patch_channels` (q) channels, so that there are P = C' / q patches.
+Feature maps are (N, C, H, W) in `torch.channels_last` memory format, whatever the images are in. Inside a strip mixing
+block, C' = C / 2; a patch is a group of `patch_channels` (q) channels, so that there are P = C' / q patches.
 """
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, GlobalResponseNormMlp, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .backbone import (
     Backbone,
@@ -45,6 +47,33 @@ __all__ = [
 
 CGSMM_STRUCTURES = ("cascade", "parallel")
 BRANCHES = ("both", "cgsmm", "lsmm")
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1 x 1 convolution of (N, dim, H, W) with a weight of (out_dim, dim) or (out_dim, dim, 1, 1). In
+    `torch.channels_last`, both ways of computing it read and write the maps where they are."""
+    if x.is_cuda:
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    # oneDNN's convolutions use all of an x86 processor; the matrix products of PyTorch's builds are Intel's, which give
+    # half the speed on others.
+    return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
+
+
+class PointwiseConv(nn.Conv2d):
+    """1 x 1 convolution. Shape: (N, dim, H, W) -> (N, out_dim, H, W)."""
+
+    def __init__(self, dim: int, out_dim: int, bias: bool = True):
+        super().__init__(dim, out_dim, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+
+class PointwiseLinear(nn.Linear):
+    """Linear layer over the channels of a map. Shape: (N, dim, H, W) -> (N, out_dim, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
 
 
 class StripMLPLayer(nn.Module):
@@ -90,24 +119,39 @@ class StripMLPLayer(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.axis == "row":
-            x = x.transpose(2, 3)
-        n, c, length, across = x.shape  # mixed axis, then the axis that the strip's width runs along
-        # The tokens of the mixed axis are the channels of a grouped convolution across it, a group per patch.
-        x = x.reshape(n * self.patch_channels, self.patches * length, across)
-        x = F.conv1d(
-            x,
-            self.weight.flatten(0, 1),
-            self.bias.flatten(),
-            padding=self.weight.shape[-1] // 2,
-            groups=self.patches,
-        )
-        x = x.reshape(n, c, length, across)
-        return x.transpose(2, 3) if self.axis == "row" else x
+        x = x.unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
+        # L is the mixed axis, A the one along which the strips lie side by side.
+        x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
+        mix = mix_strips_by_matmul if x.is_cuda else mix_strips_by_conv
+        y = mix(x, self.weight, self.bias)
+        y = y.permute(0, 4, 2, 3, 1) if self.axis == "row" else y.permute(0, 2, 4, 3, 1)  # (N, H, W, q, P)
+        return y.flatten(3).permute(0, 3, 1, 2)  # channels_last
 
     def extra_repr(self) -> str:
         patches, length, _, strip_width = self.weight.shape
         return f"axis={self.axis}, length={length}, patches={patches}, q={self.patch_channels}, m={strip_width}"
+
+
+def mix_strips_by_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`StripMLPLayer` as a convolution of (1, m) kernels with one group per patch."""
+    y = F.conv2d(
+        x.flatten(1, 2),  # (N, P L, q, A)
+        weight.flatten(0, 1)[:, :, None],  # (P L, L, 1, m)
+        bias.flatten(),
+        padding=(0, weight.shape[-1] // 2),
+        groups=weight.shape[0],
+    )
+    return y.unflatten(1, bias.shape)  # (N, P, L, q, A)
+
+
+def mix_strips_by_matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`StripMLPLayer` as one matrix product per patch, for GPUs, on which convolutions of many small groups crawl."""
+    m = weight.shape[-1]
+    x = x.permute(1, 2, 0, 3, 4)  # (P, L, N, q, A)
+    strips = F.pad(x, (m // 2, m // 2)).unfold(-1, m, 1)  # (P, L, N, q, A, m)
+    strips = strips.permute(0, 1, 5, 2, 3, 4).flatten(3).flatten(1, 2)  # (P, L m, N q A)
+    y = torch.baddbmm(bias[:, :, None], weight.flatten(2), strips)  # (P, L, N q A)
+    return y.unflatten(2, x.shape[2:]).permute(2, 0, 1, 3, 4)  # (N, P, L, q, A)
 
 
 class RelativePosition(nn.Module):
@@ -172,14 +216,15 @@ class CGSMM(nn.Module):
         check_choice("structure", structure, CGSMM_STRUCTURES)
         height, width = size
         self.structure = structure
+        self.size = size
         self.pos_h = RelativePosition(dim, size, radius=height) if position_tables else nn.Identity()
         self.strip_h = StripMLPLayer(dim, width, "row", patch_channels, strip_width)
-        self.fuse_h = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
+        self.fuse_h = PointwiseConv(2 * dim, dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
         self.pos_w = RelativePosition(dim, size, radius=width) if position_tables else nn.Identity()
         self.strip_w = StripMLPLayer(dim, height, "column", patch_channels, strip_width)
-        self.fuse_w = nn.Conv2d(2 * dim, dim, kernel_size=1, bias=False)
+        self.fuse_w = PointwiseConv(2 * dim, dim, bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
         rows = self.strip_h(self.pos_h(u))
@@ -212,7 +257,8 @@ class LSMM(nn.Module):
         weights = self.reweight(pooled)  # (N, 3 C', 1, 1), channel 3 * c + branch
         # Autocast computes a softmax in float32, to which it would promote all three maps.
         weights = weights.unflatten(1, (-1, 3)).softmax(dim=2).to(v.dtype)  # (N, C', 3, 1, 1)
-        return weights[:, :, 0] * b + weights[:, :, 1] * a + weights[:, :, 2] * v
+        w_b, w_a, w_v = weights.movedim(2, 0).contiguous()  # each (N, C', 1, 1), dense as the maps are over channels
+        return w_b * b + w_a * a + w_v * v
 
 
 class StripMixingBlock(nn.Module):
@@ -251,19 +297,135 @@ class StripMixingBlock(nn.Module):
         q = half if patch_channels == -1 else patch_channels
         self.norm = nn.BatchNorm2d(dim)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
-        self.proj = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj = PointwiseConv(dim, dim)
         self.proj_norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
         cgsmm, lsmm = branches != "lsmm", branches != "cgsmm"
         self.cgsmm = CGSMM(half, size, q, strip_width, cgsmm_structure, position_tables) if cgsmm else nn.Identity()
         self.lsmm = LSMM(half) if lsmm else nn.Identity()
-        self.fuse = nn.Conv2d(dim, dim, kernel_size=1, bias=False)
+        self.fuse = PointwiseConv(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.act(self.norm(x)))
         x = self.act(self.proj_norm(self.proj(x)))
         u, v = x.chunk(2, dim=1)
         return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+
+    @torch.no_grad()
+    def reparameterized(self) -> "ReparameterizedStripMixing":
+        """The same function in evaluation mode, with fewer operations. This block stays as it is."""
+        return ReparameterizedStripMixing(self)
+
+
+class ReparameterizedStripMixing(nn.Module):
+    """A `StripMixingBlock` in evaluation mode, with what is linear and follows another linear map folded into it:
+
+    - both BatchNorms that follow a convolution;
+    - the position tables and the biases of the strips, which every image gets alike: what they become after the fusion
+      that follows is a map of its own, added there;
+    - CGSMM's last fusion into the block's.
+
+    Args:
+        block: what to compute; not changed.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, block: StripMixingBlock):
+        super().__init__()
+        block = copy.deepcopy(block).eval()
+        self.norm, self.dwconv, self.act, self.lsmm = block.norm, block.dwconv, block.act, block.lsmm
+        self.proj = fuse_conv_bn_eval(block.proj, block.proj_norm)
+        self.cgsmm = isinstance(block.cgsmm, CGSMM)
+        if not self.cgsmm:
+            self.fuse_all = block.fuse
+            return
+        cgsmm = block.cgsmm
+        self.structure = cgsmm.structure
+        half = cgsmm.fuse_h.out_channels
+        nothing = torch.zeros(1, half, *cgsmm.size, device=block.fuse.weight.device, dtype=block.fuse.weight.dtype)
+
+        self.fuse_h = fuse_conv_bn_eval(cgsmm.fuse_h, cgsmm.norm)
+        rows = cgsmm.strip_h(cgsmm.pos_h(nothing))
+        self.map_h = nn.Parameter(self.fuse_h(torch.cat([rows, nothing], dim=1)))
+        self.fuse_h.bias = None
+
+        # [CGSMM, LSMM] -> C after [first, columns] -> CGSMM: [first, columns, LSMM] -> C
+        outer, inner = block.fuse.weight.flatten(1), cgsmm.fuse_w.weight.flatten(1)
+        weight = torch.cat([outer[:, :half] @ inner, outer[:, half:]], dim=1)  # (C, 3 C')
+        self.fuse_all = PointwiseConv(3 * half, 2 * half, bias=False).to(weight)
+        self.fuse_all.weight.copy_(weight[:, :, None, None])
+        columns = cgsmm.strip_w(cgsmm.pos_w(nothing))
+        self.map_all = nn.Parameter(self.fuse_all(torch.cat([nothing, columns, nothing], dim=1)))
+
+        self.strip_h, self.strip_w = cgsmm.strip_h, cgsmm.strip_w
+        nn.init.zeros_(self.strip_h.bias)
+        nn.init.zeros_(self.strip_w.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.act(self.norm(x)))
+        x = self.act(self.proj(x))
+        u, v = x.chunk(2, dim=1)
+        if not self.cgsmm:
+            return self.fuse_all(torch.cat([u, self.lsmm(v)], dim=1))
+        z = self.act(self.fuse_h(torch.cat([self.strip_h(u), u], dim=1)) + self.map_h.to(u.dtype))
+        first, second = (u, z) if self.structure == "cascade" else (z, u)
+        y = self.fuse_all(torch.cat([first, self.strip_w(second), self.lsmm(v)], dim=1))
+        return y + self.map_all.to(y.dtype)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalisation (ConvNeXt V2, equations 1 to 3) as a scale and a shift per channel:
+
+        gx = L2 norm of x over the map;  nx = gx / (mean of gx over channels + 1e-6)
+        GRN(x) = weight * (x * nx) + bias + x = x * (1 + weight * nx) + bias
+
+    so that it takes one pass over the map, the widest of the network, besides that for the norms. Where a linear layer
+    follows, the shift can go through it.
+
+    Shape: (N, dim, H, W) -> scale (N, dim, 1, 1) and shift (dim,).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dtype == torch.float16:
+            x = x.float()  # squares of 256 and more are beyond it
+        squares = (x * x).sum(dim=(2, 3), keepdim=True)
+        squares = squares.to(torch.promote_types(squares.dtype, torch.float32))
+        # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.
+        gx = squares.clamp_min(1e-24).sqrt()
+        nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
+        return 1 + self.weight[:, None, None] * nx, self.bias
+
+
+class ChannelMlp(nn.Module):
+    """MLP over channels with global response normalisation between its two layers.
+
+    Args:
+        dim: channels C.
+        hidden: channels between the layers.
+        grn: whether there is the normalisation.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+    """
+
+    def __init__(self, dim: int, hidden: int, grn: bool = True):
+        super().__init__()
+        self.fc1 = PointwiseLinear(dim, hidden)
+        self.act = nn.GELU()
+        self.grn = GlobalResponseNorm(hidden) if grn else None
+        self.fc2 = PointwiseLinear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))
+        if self.grn is None:
+            return self.fc2(x)
+        scale, shift = self.grn(x)
+        return pointwise(x * scale.to(x.dtype), self.fc2.weight, self.fc2.bias + self.fc2.weight @ shift)
 
 
 class ChannelMixingBlock(nn.Module):
@@ -281,12 +443,11 @@ class ChannelMixingBlock(nn.Module):
     def __init__(self, dim: int, alpha: float = 3, grn: bool = True):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
-        self.mlp = (GlobalResponseNormMlp if grn else Mlp)(dim, int(alpha * dim))
+        self.norm = LayerNorm2d(dim, eps=1e-5)  # PyTorch's
+        self.mlp = ChannelMlp(dim, int(alpha * dim), grn)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        return self.mlp(self.norm(x)).permute(0, 3, 1, 2)  # -> (N, C, H, W)
+        return self.mlp(self.norm(self.dwconv(x)))
 
 
 class StripMLPBlock(nn.Module):
@@ -311,6 +472,11 @@ class StripMLPBlock(nn.Module):
         self.token_mixing = StripMixingBlock(dim, size, **token_mixing)
         self.channel_mixing = ChannelMixingBlock(dim, alpha, grn)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def reparameterize(self) -> None:
+        """Replaces token mixing by its faster form for evaluation (timm's convention)."""
+        if isinstance(self.token_mixing, StripMixingBlock):
+            self.token_mixing = self.token_mixing.reparameterized()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.token_mixing(x))
@@ -405,7 +571,8 @@ class StripMLP(Backbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
         self.check_size(x)
-        y1 = self.run_stage(0, self.patch_embed(x))  # (N, C, H / p, W / p)
+        x = self.patch_embed(x).contiguous(memory_format=torch.channels_last)  # as all maps are from here on
+        y1 = self.run_stage(0, x)  # (N, C, H / p, W / p)
         m2 = self.merging[0](y1)  # (N, 2C, H / 2p, W / 2p)
         if self.multi_scale_shortcuts:
             to3 = self.shortcut_2to3(m2)
@@ -421,6 +588,19 @@ class StripMLP(Backbone):
             m4 = m4 + to4
         y4 = self.run_stage(3, m4)
         return self.norm(y4)
+
+    def reparameterize(self) -> "StripMLP":
+        """Folds what can be folded for inference, in place, and switches to evaluation mode: the same outputs up to
+        rounding, faster, but under other names and for no further training. For export too; a copy that leaves this
+        model alone is `timm.utils.reparameterize_model(model)`.
+
+        Returns:
+            The model itself.
+        """
+        for stage in self.stages:
+            for block in stage:
+                block.reparameterize()
+        return self.eval()
 
     def weight_decay_vectors(self) -> set[str]:
         """Vectors that the released recipe decays all the same: GRN's scale and shift, which the released code

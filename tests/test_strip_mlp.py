@@ -19,12 +19,21 @@ import torch
 import torch.nn.functional as F
 from reference import fill
 from timm.layers import DropPath
+from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  (registers the variants with timm)
 from config import get_default_config
 from models.activation_checkpoint import frozen_running_stats
-from models.strip_mlp import StripMLP, StripMLPBlock, StripMLPLayer, checkpoint_filter_fn
+from models.strip_mlp import (
+    GlobalResponseNorm,
+    StripMLP,
+    StripMLPBlock,
+    StripMLPLayer,
+    checkpoint_filter_fn,
+    mix_strips_by_conv,
+    mix_strips_by_matmul,
+)
 from optimizer import build_optimizer, param_groups
 
 REFERENCES = ["strip_mlp_tiny_light_64", "strip_mlp_small_64", "strip_mlp_tiny_light_224"]
@@ -297,6 +306,40 @@ def test_strip_mlp_layer(m):
         layer = StripMLPLayer(q * patches, length, axis, patch_channels=q, strip_width=m).double()
         layer.load_state_dict({"weight": weight, "bias": bias})
         torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("m", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_strips_as_matrix_products(m, dtype):
+    """What GPUs compute is what the CPU computes, gradients included, for maps in any memory format."""
+    torch.manual_seed(0)
+    n, patches, length, q, across = 2, 3, 5, 2, 4
+    maps = torch.randn(n, q, across, patches, length).permute(0, 3, 4, 1, 2)  # no dimension is where it came first
+    tensors = [maps, torch.randn(patches, length, length, m), torch.randn(patches, length)]
+    results = []
+    for mix in (mix_strips_by_conv, mix_strips_by_matmul):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        y = mix(*leaves)
+        assert y.shape == maps.shape
+        (y * y).sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for by_conv, by_matmul in zip(*results, strict=True):
+        assert relative_error(by_matmul, by_conv) < (1e-12 if dtype == torch.float64 else 0.02)
+
+
+def test_grn_of_a_dead_channel():
+    """A channel that is zero everywhere has no gradient, rather than one that is no number; nor does float16 overflow
+    where the squares do."""
+    grn = GlobalResponseNorm(3)
+    torch.nn.init.ones_(grn.weight)
+    x = torch.randn(2, 3, 4, 4)
+    x[:, 1] = 0
+    x.requires_grad_()
+    scale, shift = grn(x)
+    (x * scale + shift[:, None, None]).sum().backward()
+    assert x.grad.isfinite().all()
+    large = torch.full((1, 3, 4, 4), 1000.0, dtype=torch.float16)
+    torch.testing.assert_close(grn(large)[0], torch.full((1, 3, 1, 1), 2.0), rtol=1e-5, atol=0)
 
 
 # The model against the released code
@@ -595,6 +638,54 @@ def test_channels_last(toy):
     total = sum(gradient.norm() ** 2 for gradient in gradients.values()).sqrt().item()
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5 * total)
+
+
+def test_maps_are_channels_last(toy):
+    """So are the outputs of all stages, whatever the images are in."""
+    images, _ = toy.batch(2)
+    model = toy.model()
+    for training in False, True:
+        outputs = outputs_of(model.train(training), images)
+        for name in STAGES:
+            assert outputs[name].is_contiguous(memory_format=torch.channels_last), name
+
+
+@pytest.mark.parametrize("call", [StripMLP.reparameterize, reparameterize_model], ids=["method", "timm"])
+@torch.no_grad()
+def test_reparameterize(case, call):
+    images, _ = case.batch(2)
+    model = case.model().eval()
+    expected = outputs_of(model, images)
+    actual = outputs_of(call(model), images)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_reparameterize_reference(small_reference):
+    """In single precision, against the released code's numbers."""
+    images, _ = small_reference.batch(small_reference.data["eval"]["batch"])
+    model = small_reference.model().reparameterize()
+    assert not model.training
+    small_reference.check_eval(outputs_of(model, images))
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()) == 1 + sum(
+        small_reference.spec.depths
+    )
+
+
+@torch.no_grad()
+def test_reparameterize_copy(toy):
+    """timm's function leaves the model alone; a second call changes nothing; the result can be exported."""
+    images, _ = toy.batch(2)
+    model = toy.model().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    deployed = reparameterize_model(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    names = deployed.state_dict().keys()
+    assert deployed.reparameterize().state_dict().keys() == names
+    exported = torch.export.export(deployed, (images,)).module()
+    torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-4)
 
 
 def test_autocast_bfloat16(toy):
