@@ -119,7 +119,7 @@ class StripMLPLayer(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
+        x = ChannelsLastGradient.apply(x).unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
         # L is the mixed axis, A the one along which the strips lie side by side.
         x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
         mix = mix_strips_by_matmul if x.is_cuda else mix_strips_by_conv
@@ -130,6 +130,19 @@ class StripMLPLayer(nn.Module):
     def extra_repr(self) -> str:
         patches, length, _, strip_width = self.weight.shape
         return f"axis={self.axis}, length={length}, patches={patches}, q={self.patch_channels}, m={strip_width}"
+
+
+class ChannelsLastGradient(torch.autograd.Function):
+    """Identity, with a gradient in `torch.channels_last`: the transposed views of a strip layer would hand theirs on in
+    a layout in which all that comes before is slow."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def mix_strips_by_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -343,7 +356,7 @@ class ReparameterizedStripMixing(nn.Module):
         cgsmm = block.cgsmm
         self.structure = cgsmm.structure
         half = cgsmm.fuse_h.out_channels
-        nothing = torch.zeros(1, half, *cgsmm.size, device=block.fuse.weight.device, dtype=block.fuse.weight.dtype)
+        nothing = block.fuse.weight.new_zeros(1, half, *cgsmm.size).contiguous(memory_format=torch.channels_last)
 
         self.fuse_h = fuse_conv_bn_eval(cgsmm.fuse_h, cgsmm.norm)
         rows = cgsmm.strip_h(cgsmm.pos_h(nothing))
@@ -374,6 +387,23 @@ class ReparameterizedStripMixing(nn.Module):
         return y + self.map_all.to(y.dtype)
 
 
+class SumOfSquares(torch.autograd.Function):
+    """Sum of x * x over the map, whose gradient takes one pass over the map instead of autograd's three.
+
+    Shape: (N, dim, H, W) -> (N, dim, 1, 1).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x * x).sum(dim=(2, 3), keepdim=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (2 * gradient)
+
+
 class GlobalResponseNorm(nn.Module):
     """Global response normalisation (ConvNeXt V2, equations 1 to 3) as a scale and a shift per channel:
 
@@ -394,7 +424,7 @@ class GlobalResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dtype == torch.float16:
             x = x.float()  # squares of 256 and more are beyond it
-        squares = (x * x).sum(dim=(2, 3), keepdim=True)
+        squares = SumOfSquares.apply(x)
         squares = squares.to(torch.promote_types(squares.dtype, torch.float32))
         # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.
         gx = squares.clamp_min(1e-24).sqrt()
