@@ -110,6 +110,12 @@ _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.ACCUMULATION_STEPS = 1
 # Recompute activations in the backward pass: less memory, more time
 _C.TRAIN.USE_CHECKPOINT = False
+# torch.compile the model, for training and evaluation: the first step and the first evaluation then take minutes, all
+# others less. Needs a C++ compiler on the CPU.
+_C.TRAIN.COMPILE = False
+# Images and convolution weights in torch.channels_last: the faster one for the convolutional timm models. Strip-MLP's
+# maps always are.
+_C.TRAIN.CHANNELS_LAST = True
 # Batch statistics over all processes (CUDA only). Otherwise each has its own, averaged before evaluating and saving.
 _C.TRAIN.SYNC_BN = False
 
@@ -127,6 +133,8 @@ _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
 # sgd only (Nesterov)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
+# One kernel for all parameters. Without it, a step on CUDA also waits for the device.
+_C.TRAIN.OPTIMIZER.FUSED = True
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation (timm's)

@@ -33,7 +33,7 @@ from distributed import TIMEOUT, World, close_world, from_main, init_world, lost
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
-from models import build_model
+from models import build_model, prepare_model
 from nonfinite import build_scaler
 from optimizer import build_optimizer
 from run_folder import RunFolder, open_run_folder
@@ -154,7 +154,7 @@ def fit(
     # Optimizer and schedule
     # -----------------------------------------------------------------------------------------------------------------
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    model.to(world.device)
+    prepare_model(config, model, world.device)
     scale = lr_scale(config, world.size)
     optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR * scale)
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)

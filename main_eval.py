@@ -19,7 +19,7 @@ from data import build_eval_loader, build_sources, check_num_classes
 from distributed import World, close_world, init_world, lost_processes_named
 from engine import LoadingFailed, evaluate, resolve_amp, throughput
 from logger import ALL_RANKS, create_logger, json_numbers
-from models import build_model
+from models import build_model, prepare_model
 from run_folder import run_path
 from utils import UserError, run_entry_point
 
@@ -71,7 +71,7 @@ def run(
     logger.info(f"torch {torch.__version__}, timm {timm.__version__}, {world.size} x {world.device.type}, {amp}")
 
     if measure_throughput:
-        model.to(world.device)
+        prepare_model(config, model, world.device)
         images = next(iter(loader)).image
         result = {"images_per_second": throughput(config, model, images, world), "batch": len(images)}
         logger.info(f"throughput {result['images_per_second']:.1f} images/s per process at batch {len(images)}, {amp}")
@@ -79,7 +79,7 @@ def run(
         path = find_checkpoint(config, checkpoint)
         load_weights(model, read_checkpoint(path), path)
         logger.info(f"weights from {path}")
-        model.to(world.device)
+        prepare_model(config, model, world.device)
         try:
             result = {"checkpoint": str(path), **evaluate(config, model, loader, world, logger)}
         except LoadingFailed as failed:

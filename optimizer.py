@@ -12,16 +12,15 @@ MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("mome
 
 
 def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of `config.TRAIN.OPTIMIZER` at learning rate `lr`; one fused kernel per step on CUDA.
+    """The optimizer of `config.TRAIN.OPTIMIZER` at learning rate `lr`.
 
     Build it on the model before DistributedDataParallel wraps it: names decide about weight decay.
     """
     keys = config.TRAIN.OPTIMIZER
     groups = param_groups(model, config.TRAIN.WEIGHT_DECAY)
-    fused = next(model.parameters()).is_cuda
     if keys.NAME == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=fused)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=keys.FUSED)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=keys.FUSED)
     if keys.MOMENTUM:
         # Made at the first step otherwise; the fused kernel leaves it uninitialised if that step is skipped.
         for group in optimizer.param_groups:

@@ -4,6 +4,7 @@ import difflib
 import warnings
 
 import timm
+import torch
 from torch import nn
 
 from .strip_mlp import StripMLP
@@ -28,6 +29,16 @@ def build_model(config) -> nn.Module:
                 f"TRAIN.USE_CHECKPOINT is True, which {config.MODEL.NAME} does not support; accepted: False"
             ) from error
     return model
+
+
+def prepare_model(config, model: nn.Module, device: torch.device) -> None:
+    """Moves the model to the device, into the memory format and under the compiler that `config.TRAIN` asks for. In
+    place: its parameters keep their names."""
+    model.to(device)
+    if config.TRAIN.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)
+    if config.TRAIN.COMPILE:
+        model.compile()
 
 
 def build_strip_mlp(config) -> StripMLP:
