@@ -160,9 +160,10 @@ def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.
             steps[contender.label] = step
         except Exception as error:  # any model's or compiler's own
             row.timing.problem = describe(error)
+        if row.timing.problem:
             say(f"{contender.label}: {row.timing.problem}")
             step = None
-            release(args.device)
+            release(args.device)  # not before the error is gone, whose traceback holds tensors
     say(f"{group}: timing {len(steps)} in turn")
     interleave(steps, {label: row.timing for label, row in rows.items()}, args.rounds, args.seconds)
     ceilings = ceilings_of(args.device, group.dtype)

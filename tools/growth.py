@@ -82,8 +82,8 @@ class Exponent:
 
     @classmethod
     def of(cls, x: Sequence[float], y: Sequence[float]) -> "Exponent | None":
-        """None for fewer than two points, or for numbers that are not positive."""
-        if len(x) < 2 or min(*x, *y) <= 0:
+        """None for fewer than two different points, or for numbers that are not positive."""
+        if len(set(x)) < 2 or min(*x, *y) <= 0:
             return None
         a, b = np.log(x), np.log(y)
         k = float(np.cov(a, b, bias=True)[0, 1] / np.var(a))
@@ -130,9 +130,9 @@ def measure(
             point.problem = describe(error)
     say(f"timing {len(steps)} in turn, {task}")
     interleave(steps, timings, settings["rounds"], settings["seconds"])
-    for label in steps:
-        points[label].seconds = [seconds / batch for seconds in timings[label].seconds]
-        points[label].problem = timings[label].problem
+    for label, timing in timings.items():
+        points[label].seconds = [seconds / batch for seconds in timing.seconds]
+        points[label].problem = points[label].problem or timing.problem
     return list(points.values())
 
 

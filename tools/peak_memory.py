@@ -7,6 +7,7 @@ CPU, all that PyTorch allocates. Computed, it is the tensors alone.
 
 import heapq
 import itertools
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def measured_peak(step: Step) -> int:
         step()
         step.synchronize()
         return torch.cuda.max_memory_allocated(step.device) - others
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler complains where there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     return step.held_bytes() + _highest_sum(profiler)
@@ -93,8 +95,8 @@ def predicted_peak(
     model = model.to(memory_format=MEMORY_FORMATS[memory_format]).train(task == "training")
     with FakeTensorMode(), _Tracker() as tracker:
         _move_to_fake_cuda(model)
-        images = torch.empty(batch, 3, img_size, img_size, device="cuda")
-        images = images.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        shape = (batch, 3, img_size, img_size)
+        images = torch.empty(shape, device="cuda", memory_format=MEMORY_FORMATS[memory_format])
         targets = torch.zeros(batch, dtype=torch.long, device="cuda")
         if task == "inference":
             with torch.no_grad(), _cuda_autocast(dtype):

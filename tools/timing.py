@@ -79,7 +79,7 @@ def rotated(labels: Sequence[str], number: int) -> list[str]:
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: dict[str, Step],
     timings: Mapping[str, Timing],
     rounds: int,
     budget: float,
@@ -87,26 +87,27 @@ def interleave(
 ) -> None:
     """Times every step once per round, and appends to its timing.
 
-    A step that runs out of memory is left out from there on; its timing says so.
+    A step that runs out of memory is taken out of `steps`; its timing says so.
 
     Args:
         rounds: the most; fewer where `budget` seconds are over, but at least 3.
         on_round: told the order of each round.
     """
-    labels = list(steps)
     deadline = time.perf_counter() + budget
     for number in range(rounds):
-        if not labels or (number >= FEWEST_ROUNDS and time.perf_counter() > deadline):
+        if not steps or (number >= FEWEST_ROUNDS and time.perf_counter() > deadline):
             return
-        order = rotated(labels, number)
+        order = rotated(list(steps), number)
         on_round(order)
         for label in order:
+            timing = timings[label]
             try:
-                timings[label].seconds.append(seconds_per_call(steps[label], timings[label].iterations))
+                timing.seconds.append(seconds_per_call(steps[label], timing.iterations))
             except torch.OutOfMemoryError as error:
-                timings[label].seconds.clear()
-                timings[label].problem = describe(error)
-                labels.remove(label)
+                timing.problem = describe(error)
+            if timing.problem:  # only now is the error gone, whose traceback holds tensors
+                timing.seconds.clear()
+                del steps[label]
                 torch.cuda.empty_cache()
 
 
