@@ -380,6 +380,12 @@ def test_growth_over_odd_sizes_is_refused(monkeypatch, capsys, tmp_path):
     assert "--img-sizes 128 100: --growth takes two or more multiples of 32" in refused(monkeypatch, capsys, *arguments)
 
 
+def test_growth_of_a_model_of_one_size_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--growth", "efficientvit_m0", "--contenders", "efficientvit_m0", *QUICK, "--img-sizes", "32", "64"]
+    assert "efficientvit_m0 at 32 pixels: " in refused(monkeypatch, capsys, *arguments)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_missing_gpu_is_said(monkeypatch, capsys):
     assert "no CUDA device; accepted here: cpu" in refused(monkeypatch, capsys, "--device", "cuda")

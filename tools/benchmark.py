@@ -191,19 +191,22 @@ def predict(contenders: Sequence[Contender], groups: Sequence[Group], args: argp
     """Computed peak memory of a step on a CUDA device, as Markdown and for JSON."""
     rows, data = [], []
     for group in groups:
-        peaks = {}
+        dtype, peaks, problems = DTYPES[group.dtype], {}, {}
         for contender in contenders:
-            say(f"{group}: {contender.label}")
-            model = build(contender.model, group.img_size)
-            peaks[contender.label] = predicted_peak(
-                model, group.batch, group.img_size, DTYPES[group.dtype], args.memory_format, group.task
-            )
+            label = contender.label
+            say(f"{group}: {label}")
+            try:
+                model = build(contender.model, group.img_size)
+                peaks[label] = predicted_peak(model, group.batch, group.img_size, dtype, args.memory_format, group.task)
+            except Exception as error:  # any model's own; the others go on
+                problems[label] = describe(error)
         for contender in contenders:
-            peak, literal = peaks[contender.label], peaks.get(contender.literal)
-            share = f"{peak / literal:.2f}" if literal else ""
-            rows.append((contender.label, str(group), f"{peak / 2**30:.2f}", share))
-            data.append({"contender": contender.label, **asdict(group), "computed_peak_bytes": peak})
-    titles = ("contender", "step", "peak on CUDA, GiB (computed, not measured)", "of literal's")
+            label = contender.label
+            peak, literal, problem = peaks.get(label), peaks.get(contender.literal), problems.get(label, "")
+            share = f"{peak / literal:.3f}" if peak and literal else ""
+            rows.append((label, str(group), f"{peak / 2**30:.2f}" if peak else "-", share, problem))
+            data.append({"contender": label, **asdict(group), "computed_peak_bytes": peak, "problem": problem})
+    titles = ("contender", "step", "peak on CUDA, GiB (computed, not measured)", "of literal's", "remark")
     return markdown(titles, rows), {"computed_not_measured": data}
 
 
@@ -216,7 +219,7 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"{args.warmup} calls of warm-up after the first, then up to {args.rounds} rounds or {args.seconds:g} seconds, "
         f"at least {FEWEST_ROUNDS} rounds. Medians, with quartiles in brackets; the ratio is taken round by round.",
         "The literal equations do not update BatchNorm's running statistics in training; the others do.",
-        "Peak: tensors of one step, weights, gradients and AdamW's moments included.",
+        "Peak: of one step, weights, gradients and AdamW's moments included; not known under CUDA graphs.",
     ]
     if args.device.type == "cuda":
         said.append("TF32 is on for products in float32, and cudnn.benchmark is on.")
@@ -309,7 +312,7 @@ def as_groups(args: argparse.Namespace) -> list[Group]:
     return groups
 
 
-def refuse(contenders: Sequence[Contender], args: argparse.Namespace) -> list[Contender]:
+def runnable(contenders: Sequence[Contender], args: argparse.Namespace) -> list[Contender]:
     """The contenders that can be run; those of a mode that was meant for all are left out with a note.
 
     Raises:
@@ -348,7 +351,7 @@ def set_up(args: argparse.Namespace) -> None:
 
 def run_growth(args: argparse.Namespace, contenders: Sequence[Contender], about: dict, settings: dict) -> None:
     """Measures and writes JSON, CSV, Markdown and a plot."""
-    (grown,) = refuse(parse_contenders([args.growth], args.modes), args)
+    (grown,) = runnable(parse_contenders([args.growth], args.modes), args)
     unfit = [size for size in args.img_sizes if size % 32]
     if unfit or len(set(args.img_sizes)) < 2:
         raise UserError(f"--img-sizes {' '.join(map(str, args.img_sizes))}: --growth takes two or more multiples of 32")
@@ -413,7 +416,7 @@ def main() -> None:
         benchmark_data.main([argument for argument in argv if argument != "--data"])
         return
     args = parse_args(argv)
-    contenders = refuse(parse_contenders(args.contenders, args.modes), args)
+    contenders = runnable(parse_contenders(args.contenders, args.modes), args)
     set_up(args)
     about = machine(args.device)
     names = ("memory_format", "compile_mode", "warmup", "rounds", "seconds")

@@ -212,6 +212,7 @@ class Step:
         self.optimizer = adamw(model) if task == "training" else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.forward = self.model
+        self.uses_cuda_graphs = contender.is_compiled and compile_mode != "default" and self.device.type == "cuda"
         if contender.is_compiled:
             mode = None if compile_mode == "default" else compile_mode
             self.forward = torch.compile(self.model, mode=mode, dynamic=False)

@@ -10,12 +10,16 @@ from complexity import Complexity
 from contenders import LITERAL, TASKS, Contender, Step, build, random_batch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from peak_memory import measured_peak
 from tables import as_csv, markdown
 from timing import Quartiles, Timing, describe, interleave, warm_up
 
+from utils import UserError
+
 SIZES = (128, 160, 192, 224, 256, 288, 320, 384)
 VARIANTS = ("strip_mlp_tiny_light", "strip_mlp_tiny", "strip_mlp_small", "strip_mlp_base")
+TIME_LAW, MEMORY_LAW = "seconds per image ~ side^k", "peak bytes ~ side^k"
 COLORS = {"inference": "#006BA4", "training": "#C85200"}  # of matplotlib's "tableau-colorblind10"
 
 
@@ -55,7 +59,7 @@ class Point:
     Attributes:
         series: "sizes" or "variants".
         seconds: per image, one number per round.
-        peak_bytes: of a step.
+        peak_bytes: of a step; None where it is not known.
     """
 
     series: str
@@ -108,6 +112,9 @@ def measure(
 
     Args:
         settings: dtype, memory_format, compile_mode, warmup, rounds, seconds, as the benchmark's options have them.
+
+    Raises:
+        UserError: a model does not take an image size.
     """
     steps: dict[str, Step] = {}
     timings: dict[str, Timing] = {}
@@ -115,9 +122,11 @@ def measure(
     for contender, img_size in cases:
         label = f"{contender.label} {img_size}"
         say(f"warming up {label}, {task}")
-        point = Point(
-            series, contender.label, img_size, task, batch, Counted.of(contender.model, img_size), [], None, ""
-        )
+        try:
+            counted = Counted.of(contender.model, img_size)
+        except Exception as error:  # any model's own, for sizes that it does not take
+            raise UserError(f"{contender.label} at {img_size} pixels: {error}") from error
+        point = Point(series, contender.label, img_size, task, batch, counted, [], None, "")
         points[label] = point
         try:
             images, targets = random_batch(batch, img_size, device, settings["memory_format"])
@@ -126,7 +135,7 @@ def measure(
             timings[label] = warm_up(step, settings["warmup"])
             point.peak_bytes = measured_peak(step)
             steps[label] = step
-        except Exception as error:  # any model's own, for sizes that it does not take; the others go on
+        except Exception as error:  # out of memory, say; the others go on
             point.problem = describe(error)
     say(f"timing {len(steps)} in turn, {task}")
     interleave(steps, timings, settings["rounds"], settings["seconds"])
@@ -188,14 +197,14 @@ def exponents(points: Sequence[Point]) -> list[dict]:
                 "all others (S^2)": [p.counted.macs - p.counted.strip_macs for p in done],
             }
             counted = {name: Exponent.of(sides, numbers) for name, numbers in parts.items()}
-            fits.append(_fit(task, "seconds per image ~ side^k", Exponent.of(sides, [p.median for p in done]), counted))
+            fits.append(_fit(task, TIME_LAW, Exponent.of(sides, [p.median for p in done]), counted))
             memory = {}
             if task == "training":
                 memory["weights, gradients, moments and what is kept"] = Exponent.of(
                     sides, [p.counted.training_bytes(p.batch) for p in done]
                 )
                 memory["what is kept alone"] = Exponent.of(sides, [p.counted.saved_bytes for p in done])
-            fits.append(_fit(task, "peak bytes ~ side^k", Exponent.of(sides, [p.peak_bytes for p in done]), memory))
+            fits.append(_fit(task, MEMORY_LAW, Exponent.of(sides, [p.peak_bytes or 0 for p in done]), memory))
         done = [p for p in points if p.series == "variants" and p.task == task and p.seconds]
         if done:
             time = Exponent.of([p.counted.macs for p in done], [p.median for p in done])
@@ -225,49 +234,62 @@ def exponents_table(fits: Sequence[dict]) -> str:
 
 
 def draw(points: Sequence[Point], fits: Sequence[dict]) -> Figure:
-    """Time and memory against the image side, with the fitted law (solid) and the counted one (dashed, through the
-    same middle); time against multiply-adds of the variants."""
-    figure = Figure(figsize=(16, 5.2), layout="constrained")
-    time, memory, variants = figure.subplots(1, 3)
+    """Time and memory: above against the image side, with the fitted law (solid) and the counted one (dashed, through
+    the same middle); below of the variants, against multiply-adds."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (time, memory), (variant_time, variant_memory) = figure.subplots(2, 2)
     for task, color in COLORS.items():
+        laws = {fit["law"]: fit for fit in fits if fit["task"] == task}
         done = [p for p in points if p.series == "sizes" and p.task == task and p.seconds]
         if done:
-            sides = [p.img_size for p in done]
-            laws = {fit["law"]: fit for fit in fits if fit["task"] == task}
-            name = f"{done[0].model}, {task}"
-            _panel(time, sides, [1e3 * p.median for p in done], laws.get("seconds per image ~ side^k"), color, name)
-            peaks = [p.peak_bytes / 2**20 for p in done]
-            _panel(memory, sides, peaks, laws.get("peak bytes ~ side^k"), color, name)
+            sides, name = [p.img_size for p in done], f"{done[0].model}, {task}"
+            _draw_law(time, sides, [1e3 * p.median for p in done], laws.get(TIME_LAW), color, name)
+            _draw_law(
+                memory, sides, [(p.peak_bytes or math.nan) / 2**20 for p in done], laws.get(MEMORY_LAW), color, name
+            )
         done = [p for p in points if p.series == "variants" and p.task == task and p.seconds]
-        if done:
-            done.sort(key=lambda p: p.counted.macs)
-            macs, ms = [p.counted.macs / 1e9 for p in done], [1e3 * p.median for p in done]
-            variants.plot(macs, ms, marker="o", color=color, label=task)
-            for x, y, point in zip(macs, ms, done, strict=True):
-                short = point.model.removeprefix("strip_mlp_")
-                variants.annotate(short, (x, y), xytext=(4, -10), textcoords="offset points", fontsize=8)
-    batch = points[0].batch
-    time.set(xlabel="Image side (pixels)", ylabel="Time per image (ms)", xscale="log", yscale="log")
-    memory.set(xlabel="Image side (pixels)", ylabel=f"Peak memory at batch {batch} (MiB)", xscale="log", yscale="log")
-    variants.set(xlabel="Multiply-adds (G)", ylabel="Time per image (ms)", ylim=(0, None))
+        done.sort(key=lambda p: p.counted.macs)
+        macs = [p.counted.macs / 1e9 for p in done]
+        for axes, values in (
+            (variant_time, [1e3 * p.median for p in done]),
+            (variant_memory, [(p.peak_bytes or math.nan) / 2**20 for p in done]),
+        ):
+            axes.plot(macs, values, marker="o", color=color, label=task)
+            for x, y, point in zip(macs, values, done, strict=True):
+                place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+                axes.annotate(point.model.removeprefix("strip_mlp_"), (x, y), **place)
+    batches = " and ".join(f"{batch}" for batch in dict.fromkeys(p.batch for p in points))
+    ticks = sorted({p.img_size for p in points if p.series == "sizes"})
     for axes in (time, memory):
-        ticks = sorted({p.img_size for p in points if p.series == "sizes"})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
-        axes.minorticks_off()
-    for axes in (time, memory, variants):
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlabel="Image side (pixels)", xscale="log", yscale="log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    for axes in (variant_time, variant_memory):
+        side = next((p.img_size for p in points if p.series == "variants"), "")
+        axes.set(xlabel=f"Multiply-adds at {side} x {side} (G)")
+        axes.margins(x=0.1, y=0.15)
+        axes.set_ylim(bottom=0)
+    for axes in (time, variant_time):
+        axes.set_ylabel("Time per image (ms)")
+    for axes in (memory, variant_memory):
+        axes.set_ylabel(f"Peak memory at batch {batches} (MiB)")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return figure
 
 
-def _panel(axes: Axes, sides: list[int], values: list[float], fit: dict | None, color: str, name: str) -> None:
+def _draw_law(axes: Axes, sides: list[int], values: list[float], fit: dict | None, color: str, name: str) -> None:
     axes.plot(sides, values, linestyle="", marker="o", color=color, label=name)
     if fit is None:
         return
     middle = (np.exp(np.mean(np.log(sides))), np.exp(np.mean(np.log(values))))
-    laws = [("measured", fit["measured"], "-"), *(("counted", law, "--") for law in list(fit["counted"].values())[:1])]
-    for what, law, style in laws:
+    whole = list(fit["counted"].values())[:1]  # the others are its parts
+    for what, law, style in [("measured", fit["measured"], "-"), *(("counted", law, "--") for law in whole)]:
         line = middle[1] * (np.array(sides) / middle[0]) ** law.k
         axes.plot(sides, line, style, color=color, linewidth=1.2, label=f"{what}: side^{law.k:.2f}")
 

@@ -25,8 +25,11 @@ from torch.utils._pytree import tree_leaves
 BLOCK = 512  # bytes to which PyTorch's allocator for CUDA rounds up
 
 
-def measured_peak(step: Step) -> int:
-    """Bytes that a step which has been run before holds at its peak."""
+def measured_peak(step: Step) -> int | None:
+    """Bytes that a step which has been run before holds at its peak; None where CUDA graphs run it, for they allocate
+    nothing."""
+    if step.uses_cuda_graphs:
+        return None
     if step.device.type == "cuda":
         step.synchronize()
         others = torch.cuda.memory_allocated(step.device) - step.held_bytes()
