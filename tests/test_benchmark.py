@@ -381,9 +381,12 @@ def test_growth_over_odd_sizes_is_refused(monkeypatch, capsys, tmp_path):
 
 
 def test_growth_of_a_model_of_one_size_is_refused(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--growth", "efficientvit_m0", "--contenders", "efficientvit_m0", *QUICK, "--img-sizes", "32", "64"]
-    assert "efficientvit_m0 at 32 pixels: " in refused(monkeypatch, capsys, *arguments)
+    def one_size(name, img_size):
+        raise ValueError("wants 224")
+
+    monkeypatch.setattr("growth.build", one_size)
+    arguments = ["--growth", "resnet18", "--img-sizes", "32", "64", "--output", tmp_path / "g.json"]
+    assert "resnet18 at 32 pixels: wants 224" in refused(monkeypatch, capsys, *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
