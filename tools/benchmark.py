@@ -145,12 +145,14 @@ def ceilings_of(device: torch.device, dtype: str) -> Ceilings:
 
 def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.Namespace) -> list[Row]:
     """Compares contenders; one that fails says so in its row, and the others go on."""
+    ceilings = ceilings_of(args.device, group.dtype)
     say(f"{group}: warming up")
     torch.compiler.reset()  # what was compiled for other shapes does not count against the limit of this group
     images, targets = random_batch(group.batch, group.img_size, args.device, args.memory_format)
     rows, steps = {}, {}
     for contender in contenders:
         if contender.is_reparameterized and group.task == "training":
+            say(f"left out: {contender.label} cannot train")
             continue
         row = rows[contender.label] = Row(group, contender, Timing())
         try:
@@ -160,13 +162,12 @@ def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.
             steps[contender.label] = step
         except Exception as error:  # any model's or compiler's own
             row.timing.problem = describe(error)
+        step = None  # so that `steps` alone holds it
         if row.timing.problem:
             say(f"{contender.label}: {row.timing.problem}")
-            step = None
             release(args.device)  # not before the error is gone, whose traceback holds tensors
     say(f"{group}: timing {len(steps)} in turn")
     interleave(steps, {label: row.timing for label, row in rows.items()}, args.rounds, args.seconds)
-    ceilings = ceilings_of(args.device, group.dtype)
     for row in rows.values():
         if not row.timing.seconds:
             continue
@@ -299,6 +300,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpa
         args.warmup = 5 if args.device.type == "cuda" else 1
     name = "growth" if args.growth else "predicted_memory" if args.predict_memory else "benchmark"
     args.output = args.output or Path(f"output/{name}.json")
+    if args.growth and (len(set(args.img_sizes)) < 2 or any(size % 32 for size in args.img_sizes)):
+        parser.error(f"--img-sizes {' '.join(map(str, args.img_sizes))}: --growth takes two or more multiples of 32")
     args.contenders = args.contenders or list(growth.VARIANTS if args.growth else DEFAULT)
     args.on_cuda = on_cuda
     return args
@@ -349,12 +352,10 @@ def set_up(args: argparse.Namespace) -> None:
         kept_aside(args.output)
 
 
-def run_growth(args: argparse.Namespace, contenders: Sequence[Contender], about: dict, settings: dict) -> None:
-    """Measures and writes JSON, CSV, Markdown and a plot."""
-    (grown,) = runnable(parse_contenders([args.growth], args.modes), args)
-    unfit = [size for size in args.img_sizes if size % 32]
-    if unfit or len(set(args.img_sizes)) < 2:
-        raise UserError(f"--img-sizes {' '.join(map(str, args.img_sizes))}: --growth takes two or more multiples of 32")
+def run_growth(
+    args: argparse.Namespace, grown: Contender, contenders: Sequence[Contender], about: dict, settings: dict
+) -> None:
+    """Measures over the image sizes of one contender and over the variants; writes JSON, CSV, Markdown and a plot."""
     fixed = max((size for size in args.img_sizes if size <= 224), default=min(args.img_sizes))
     options = {**settings, "dtype": args.dtypes[0]}
     points = []
@@ -417,12 +418,13 @@ def main() -> None:
         return
     args = parse_args(argv)
     contenders = runnable(parse_contenders(args.contenders, args.modes), args)
+    grown = runnable(parse_contenders([args.growth], args.modes), args) if args.growth else []
     set_up(args)
     about = machine(args.device)
     names = ("memory_format", "compile_mode", "warmup", "rounds", "seconds")
     settings = {name: getattr(args, name) for name in names}
-    if args.growth:
-        run_growth(args, contenders, about, settings)
+    if grown:
+        run_growth(args, grown[0], contenders, about, settings)
     elif args.predict_memory:
         table, data = predict(contenders, as_groups(args), args)
         print(table)

@@ -137,6 +137,7 @@ def measure(
             steps[label] = step
         except Exception as error:  # out of memory, say; the others go on
             point.problem = describe(error)
+        step = None  # so that `steps` alone holds it
     say(f"timing {len(steps)} in turn, {task}")
     interleave(steps, timings, settings["rounds"], settings["seconds"])
     for label, timing in timings.items():
