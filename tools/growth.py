@@ -199,13 +199,16 @@ def exponents(points: Sequence[Point]) -> list[dict]:
             }
             counted = {name: Exponent.of(sides, numbers) for name, numbers in parts.items()}
             fits.append(_fit(task, TIME_LAW, Exponent.of(sides, [p.median for p in done]), counted))
-            memory = {}
+            kept, held = {}, {}  # inference keeps nothing that could be counted
             if task == "training":
-                memory["weights, gradients, moments and what is kept"] = Exponent.of(
-                    sides, [p.counted.training_bytes(p.batch) for p in done]
-                )
-                memory["what is kept alone"] = Exponent.of(sides, [p.counted.saved_bytes for p in done])
-            fits.append(_fit(task, MEMORY_LAW, Exponent.of(sides, [p.peak_bytes or 0 for p in done]), memory))
+                kept = {"what is kept": Exponent.of(sides, [p.counted.saved_bytes for p in done])}
+                all_bytes = [p.counted.training_bytes(p.batch) for p in done]
+                held = {"weights, gradients, moments and what is kept": Exponent.of(sides, all_bytes)}
+            fits.append(_fit(task, MEMORY_LAW, Exponent.of(sides, [p.peak_bytes or 0 for p in done]), held))
+            # Gradients take the place of what was kept for them.
+            copies = {"inference": 1, "training": 3}[task]
+            maps = [(p.peak_bytes or 0) - copies * p.counted.weight_bytes for p in done]
+            fits.append(_fit(task, "the same, less weights and moments", Exponent.of(sides, maps), kept))
         done = [p for p in points if p.series == "variants" and p.task == task and p.seconds]
         if done:
             time = Exponent.of([p.counted.macs for p in done], [p.median for p in done])
