@@ -1,0 +1,116 @@
+"""Timing steps side by side: in turn, in an order that rotates, so that what disturbs the machine disturbs them all."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from contenders import Step
+
+SHORTEST = 0.05  # seconds that a timing should last, so that the clock and the wait for the device do not show
+FEWEST_ROUNDS = 3
+
+
+@dataclass
+class Timing:
+    """Of one step.
+
+    Attributes:
+        first: seconds of the very first call, with compilation.
+        iterations: calls per timing.
+        seconds: per call, one number per round.
+        problem: why there are no numbers; empty where there are.
+    """
+
+    first: float = 0.0
+    iterations: int = 1
+    seconds: list[float] = field(default_factory=list)
+    problem: str = ""
+
+
+@dataclass
+class Quartiles:
+    """Median and spread of a list of numbers."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Quartiles":
+        low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def describe(error: Exception) -> str:
+    """An error in a table's cell."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+
+
+def seconds_per_call(step: Step, iterations: int) -> float:
+    step.synchronize()
+    started = time.perf_counter()
+    for _ in range(iterations):
+        step()
+    step.synchronize()
+    return (time.perf_counter() - started) / iterations
+
+
+def warm_up(step: Step, rounds: int) -> Timing:
+    """Runs a step once, then `rounds` times, and finds how many calls a timing needs.
+
+    Raises:
+        Exception: whatever the step raises.
+    """
+    timing = Timing(first=seconds_per_call(step, 1))
+    seconds = min((seconds_per_call(step, 1) for _ in range(rounds)), default=timing.first)
+    timing.iterations = max(1, min(1000, math.ceil(SHORTEST / seconds)))
+    return timing
+
+
+def rotated(labels: Sequence[str], number: int) -> list[str]:
+    """The order of a round: each goes first in its turn."""
+    first = number % len(labels)
+    return [*labels[first:], *labels[:first]]
+
+
+def interleave(
+    steps: dict[str, Step],
+    timings: Mapping[str, Timing],
+    rounds: int,
+    budget: float,
+    on_round: Callable[[list[str]], None] = lambda order: None,
+) -> None:
+    """Times every step once per round, and appends to its timing.
+
+    A step that runs out of memory is taken out of `steps`; its timing says so.
+
+    Args:
+        rounds: the most; fewer where `budget` seconds are over, but at least 3.
+        on_round: told the order of each round.
+    """
+    deadline = time.perf_counter() + budget
+    for number in range(rounds):
+        if not steps or (number >= FEWEST_ROUNDS and time.perf_counter() > deadline):
+            return
+        order = rotated(list(steps), number)
+        on_round(order)
+        for label in order:
+            timing = timings[label]
+            try:
+                timing.seconds.append(seconds_per_call(steps[label], timing.iterations))
+            except torch.OutOfMemoryError as error:
+                timing.problem = describe(error)
+            if timing.problem:  # only now is the error gone, whose traceback holds tensors
+                timing.seconds.clear()
+                del steps[label]
+                torch.cuda.empty_cache()
+
+
+def ratio(of: Sequence[float], to: Sequence[float]) -> Quartiles:
+    """How many times as fast, from the seconds of the same rounds."""
+    return Quartiles.of([reference / own for own, reference in zip(of, to, strict=True)])
