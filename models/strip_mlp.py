@@ -11,15 +11,16 @@ block, C' = C / 2; a patch is a group of `patch_channels` (q) channels, so that 
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import (
     Backbone,
@@ -76,6 +77,25 @@ class PointwiseLinear(nn.Linear):
         return pointwise(x, self.weight, self.bias)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W), in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not F.layer_norm, whose input and output autocast makes float32, twice the memory, to no avail: the statistics
+        # are computed in float32 anyway.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        x = x.permute(0, 2, 3, 1)
+        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0].permute(0, 3, 1, 2)
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`, whose own intermediate results are not kept for the backward pass. Those up to its last
+    product, which need no more than a pass over a map, are computed again there."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler chooses for itself
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
 class StripMLPLayer(nn.Module):
     """Strip MLP layer along one axis: tokens interact with all tokens of their row (or column) and of the
     neighbouring rows (columns) inside a strip (the paper's "Strip MLP layer", with the patches of CGSMM).
@@ -122,8 +142,10 @@ class StripMLPLayer(nn.Module):
         x = ChannelsLastGradient.apply(x).unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
         # L is the mixed axis, A the one along which the strips lie side by side.
         x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
-        mix = mix_strips_by_matmul if x.is_cuda else mix_strips_by_conv
-        y = mix(x, self.weight, self.bias)
+        if x.is_cuda:
+            y = recomputed(mix_strips_by_matmul, x, self.weight, self.bias)
+        else:
+            y = mix_strips_by_conv(x, self.weight, self.bias)
         y = y.permute(0, 4, 2, 3, 1) if self.axis == "row" else y.permute(0, 2, 4, 3, 1)  # (N, H, W, q, P)
         return y.flatten(3).permute(0, 3, 1, 2)  # channels_last
 
@@ -319,7 +341,7 @@ class StripMixingBlock(nn.Module):
         self.fuse = PointwiseConv(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.act(self.norm(x)))
+        x = recomputed(lambda y: self.dwconv(self.act(y)), self.norm(x))
         x = self.act(self.proj_norm(self.proj(x)))
         u, v = x.chunk(2, dim=1)
         return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
@@ -455,7 +477,11 @@ class ChannelMlp(nn.Module):
         if self.grn is None:
             return self.fc2(x)
         scale, shift = self.grn(x)
-        return pointwise(x * scale.to(x.dtype), self.fc2.weight, self.fc2.bias + self.fc2.weight @ shift)
+        return recomputed(self.fc2_scaled, x, scale.to(x.dtype), shift)
+
+    def fc2_scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The second layer of x * scale + shift."""
+        return pointwise(x * scale, self.fc2.weight, self.fc2.bias + self.fc2.weight @ shift)
 
 
 class ChannelMixingBlock(nn.Module):
@@ -473,7 +499,7 @@ class ChannelMixingBlock(nn.Module):
     def __init__(self, dim: int, alpha: float = 3, grn: bool = True):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, bias=False)
-        self.norm = LayerNorm2d(dim, eps=1e-5)  # PyTorch's
+        self.norm = LayerNorm2d(dim)
         self.mlp = ChannelMlp(dim, int(alpha * dim), grn)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -494,11 +494,10 @@ def test_momentum_after_a_first_step_that_was_skipped(fused):
     infinite = torch.cat([images[:4] * float("inf"), images[4:]])
     found = []
     for data, some in ((infinite, targets), (images[4:], targets[4:])):
-        config = config_with(TRAIN__OPTIMIZER__MOMENTUM=0.9)
+        config = config_with(TRAIN__OPTIMIZER__MOMENTUM=0.9, TRAIN__OPTIMIZER__FUSED=fused)
         model = linear()
         optimizer = build_optimizer(config, model, LR)
-        for group in optimizer.param_groups:
-            group["fused"] = fused
+        assert {group["fused"] for group in optimizer.param_groups} == {fused}
         train(config, model, batches(data, some), optimizer=optimizer)
         found.append(weights(model))
     torch.testing.assert_close(found[0], found[1])

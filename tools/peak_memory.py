@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -96,18 +97,19 @@ def predicted_peak(
         model: of the contender, on the CPU; it is of no use afterwards.
     """
     model = model.to(memory_format=MEMORY_FORMATS[memory_format]).train(task == "training")
-    with FakeTensorMode(), _Tracker() as tracker:
+    autocast = {"device_type": "cuda", "dtype": dtype, "enabled": dtype != torch.float32}
+    with _cuda_autocast_taken_for_available(), FakeTensorMode(), _Tracker() as tracker:
         _move_to_fake_cuda(model)
         shape = (batch, 3, img_size, img_size)
         images = torch.empty(shape, device="cuda", memory_format=MEMORY_FORMATS[memory_format])
         targets = torch.zeros(batch, dtype=torch.long, device="cuda")
         if task == "inference":
-            with torch.no_grad(), _cuda_autocast(dtype):
+            with torch.no_grad(), torch.autocast(**autocast):
                 model(images)
             return tracker.peak
         optimizer = adamw(model)
         for _ in range(2):  # the moments are there from the first step on
-            with _cuda_autocast(dtype):
+            with torch.autocast(**autocast):
                 graph = [F.cross_entropy(model(images), targets)]
             backward(graph)
             optimizer.step()
@@ -126,22 +128,13 @@ def _move_to_fake_cuda(model: nn.Module) -> None:
 
 
 @contextmanager
-def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """torch.autocast("cuda") turns itself off where there is no CUDA device."""
-    if dtype == torch.float32:
+def _cuda_autocast_taken_for_available() -> Iterator[None]:
+    """Where there is no CUDA device, torch.autocast("cuda") turns itself off."""
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+    ):
         yield
-        return
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    torch.autocast_increment_nesting()  # casts of a weight are kept until the end
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
 
 
 def backward(graph: list[Tensor]) -> None:
