@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Sample
+from data import Normalize, Sample, build_batch_transform
 from distributed import World, all_reduce_sum, sum_on_host
 from nonfinite import FiniteGuard, Statistics, Step, clip_gradients, poison, update_scaler
 from stopping import Stopped, StopRequest
@@ -120,6 +120,7 @@ def train_one_epoch(
     accumulation = config.TRAIN.ACCUMULATION_STEPS
     steps = steps_per_epoch(loader, accumulation)
     unreadable = UnreadableFiles(config, loader, logger, progress.unreadable)
+    transform = build_batch_transform(config, mixup, world.device)
     guard, statistics = FiniteGuard(config, state, logger), Statistics(state.model)
     check_every = steps_between_checks(config, world)
     progress.losses = progress.losses.to(world.device)
@@ -166,8 +167,7 @@ def train_one_epoch(
         unreadable.note(batch)
         images = batch.image.to(world.device, non_blocking=True)
         targets = batch.target.to(world.device, non_blocking=True)
-        if mixup:
-            images, targets = mixup(images, targets)
+        images, targets = transform(images, targets)
 
         if between_steps:
             losses, samples = [], []
@@ -260,7 +260,7 @@ def evaluate(
     model.eval()
     control = control or Control()
     amp = resolve_amp(config, world.device)
-    unreadable = UnreadableFiles(config, loader, logger)
+    unreadable, normalize = UnreadableFiles(config, loader, logger), Normalize(world.device)
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)  # images, readable, loss, top-1, top-5
     started = time.perf_counter()
     failure = None
@@ -271,7 +271,7 @@ def evaluate(
         if failure is not None or control.request.signal is not None:
             break
         unreadable.note(batch)
-        images = batch.image.to(world.device, non_blocking=True)
+        images = normalize(batch.image.to(world.device, non_blocking=True))
         targets = batch.target.to(world.device, non_blocking=True)
         readable = batch.readable.to(world.device, non_blocking=True)
         with autocast(world.device, amp):
@@ -312,7 +312,7 @@ def throughput(config, model: nn.Module, images: torch.Tensor, world: World) -> 
     the median of 30 passes, or of as many as fit into 20 seconds (at least 3)."""
     model.eval()
     amp = resolve_amp(config, world.device)
-    images = images.to(world.device)
+    images = Normalize(world.device)(images.to(world.device))
     seconds = []
     warmup, deadline = (10 if world.device.type == "cuda" else 1), time.perf_counter() + 20
     for i in range(warmup + 30):

@@ -1,10 +1,11 @@
-"""Augmentation and preprocessing, timm's, as the recipe sets it: images to normalised (3, S, S) float tensors."""
+"""Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, S, S) uint8 tensors.
+`device.py` has what is done to batches of them."""
 
 from collections.abc import Callable
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
-from timm.data.transforms import str_to_interp_mode
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
@@ -23,9 +24,9 @@ SMALL_IMAGE = 32
 
 
 def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
-    """The training transform (random crop, flip, RandAugment or colour jitter, random erasing) or the evaluation one
-    (resize to 256 / 224 of the image size, centre crop). Images of at most 32 pixels are resized as a whole, and in
-    training shifted by up to an eighth of their size instead of cropped."""
+    """The training transform (random crop, flip, RandAugment or colour jitter) or the evaluation one (resize to
+    256 / 224 of the image size, centre crop). Images of at most 32 pixels are
+    resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
     size = config.DATA.IMG_SIZE
     small = size <= SMALL_IMAGE
     # PIL resizes with one method at a time; "random" is a training option of timm's.
@@ -39,18 +40,16 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
                 color_jitter=config.AUG.COLOR_JITTER or None,
                 auto_augment=None if config.AUG.AUTO_AUGMENT in ("none", "") else config.AUG.AUTO_AUGMENT,
                 interpolation=config.DATA.INTERPOLATION,
-                re_prob=config.AUG.REPROB,
-                re_mode=config.AUG.REMODE,
-                re_count=config.AUG.RECOUNT,
+                normalize=False,
             )
         except (AssertionError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r} ({error}); accepted: timm's policies, such as "
                 "rand-m9-mstd0.5-inc1, original or augmix-m5-w4-d2, or none"
             ) from error
+        crop, *others = transform.transforms
+        assert isinstance(crop, RandomResizedCropAndInterpolation), "timm's training transform starts with its crop"
         if small:
-            random_resized_crop, *others = transform.transforms
-            assert "Crop" in type(random_resized_crop).__name__, "timm's training transform starts with its crop"
             resize = transforms.Resize((size, size), interpolation=whole)
             return transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8), *others])
         return transform
@@ -59,8 +58,7 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         resize = [transforms.Resize((size, size), interpolation=whole)]
     else:
         resize = [transforms.Resize(int(256 / 224 * size), interpolation=whole), transforms.CenterCrop(size)]
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*resize, transforms.ToTensor(), normalize])
+    return transforms.Compose([*resize, transforms.PILToTensor()])
 
 
 def build_mixup(config, num_classes: int) -> Mixup | None:
