@@ -1,13 +1,17 @@
 """Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, S, S) uint8 tensors.
 `device.py` has what is done to batches of them."""
 
+import random
 from collections.abc import Callable
 
+import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from config import ConfigError
 
@@ -22,10 +26,29 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"
 # Up to this IMG_SIZE, images are small to begin with: a random resized crop or a centre crop would lose much of them.
 SMALL_IMAGE = 32
 
+# With AVX2, PyTorch resizes uint8 images two to four times as fast as Pillow and with the same antialiased filters;
+# elsewhere it may be slower (tools/benchmark_data.py measures both).
+TORCH_RESIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+class RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's, with the same draws; resized by PyTorch where that is faster, giving Pillow's result but for rounding
+    (on photographs, by at most 2 of 255 levels)."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        choices = self.interpolation if isinstance(self.interpolation, tuple | list) else [self.interpolation]
+        method = random.choice(choices)
+        crop = image.crop((left, top, left + width, top + height))
+        if not TORCH_RESIZES or method == InterpolationMode.NEAREST:  # of which PyTorch has another notion
+            return F.resize(crop, self.size, method)
+        resized = F.resize(F.pil_to_tensor(crop), self.size, method, antialias=True)
+        return Image.fromarray(resized.permute(1, 2, 0).numpy())
+
 
 def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     """The training transform (random crop, flip, RandAugment or colour jitter) or the evaluation one (resize to
-    256 / 224 of the image size, centre crop). Images of at most 32 pixels are
+    256 / 224 of the image size, centre crop; by Pillow, as in the released code). Images of at most 32 pixels are
     resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
     size = config.DATA.IMG_SIZE
     small = size <= SMALL_IMAGE
@@ -52,7 +75,8 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         if small:
             resize = transforms.Resize((size, size), interpolation=whole)
             return transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8), *others])
-        return transform
+        crop = RandomResizedCrop(crop.size, crop.scale, crop.ratio, config.DATA.INTERPOLATION)
+        return transforms.Compose([crop, *others])
 
     if small or not config.TEST.CROP:
         resize = [transforms.Resize((size, size), interpolation=whole)]

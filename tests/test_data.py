@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
@@ -33,7 +34,7 @@ from data import (
 )
 from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
-from data.transforms import build_transform
+from data.transforms import RandomResizedCrop, build_transform
 from distributed import World
 from utils import UserError, run_entry_point, seed_all
 
@@ -875,6 +876,36 @@ def test_augmentation_that_is_off_changes_no_colour(key, value):
 def test_augmentation_policy_that_timm_does_not_know(policy):
     with pytest.raises(UserError, match=r"AUG\.AUTO_AUGMENT"):
         build_transform(config_with(AUG__AUTO_AUGMENT=policy), is_train=True)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(375, 500), (1000, 1500), (60, 90), (5, 3), (300, 40)])
+def test_crop_that_pytorch_resizes_is_pillows_but_for_rounding(monkeypatch, shape, method):
+    """Whatever resizes, the draws, and with them the crop, are timm's."""
+    image = Image.fromarray(pixels(0, *shape)).filter(ImageFilter.GaussianBlur(3))
+    expected = timm.data.transforms.RandomResizedCropAndInterpolation(224, interpolation=method)
+    crop = RandomResizedCrop(224, interpolation=method)
+    for resizes in (True, False):
+        monkeypatch.setattr("data.transforms.TORCH_RESIZES", resizes)
+        for seed in range(5):
+            seed_all(seed)
+            found = np.asarray(crop(image)).astype(int)
+            seed_all(seed)
+            difference = found - np.asarray(expected(image))
+            assert np.abs(difference).max() <= (2 if resizes else 0)
+            assert abs(difference.mean()) < 0.01
+
+
+def test_random_interpolation_draws_as_timm_does():
+    image = Image.fromarray(pixels(0, 100, 150)).filter(ImageFilter.GaussianBlur(3))
+    expected = timm.data.transforms.RandomResizedCropAndInterpolation(48, interpolation="random")
+    found = []
+    for crop in (RandomResizedCrop(48, interpolation="random"), expected):
+        seed_all(0)
+        crops = [np.asarray(crop(image)).astype(int) for _ in range(10)]
+        found.append((np.stack(crops), random.random()))
+    assert np.abs(found[0][0] - found[1][0]).max() <= 2
+    assert found[0][1] == found[1][1]
 
 
 # On the device
