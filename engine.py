@@ -104,8 +104,9 @@ def train_one_epoch(
 
     Returns:
         train_loss (mean over all processes and the steps that were not skipped), lr (of the last step),
-        images_per_second (all processes), memory_mb (peak), seconds, skipped_steps, unreadable_train (images of all
-        processes).
+        images_per_second (all processes), data_wait (0 to 1: the share of the time since the epoch began, or was gone
+        on with, in which this process waited for its loader; a GPU, ahead of which its host runs, waited less),
+        memory_mb (peak), seconds, skipped_steps, unreadable_train (images of all processes).
 
     Raises:
         Stopped: a process got a signal; the state is between two steps.
@@ -128,7 +129,7 @@ def train_one_epoch(
         torch.cuda.reset_peak_memory_stats()
 
     started = printed = time.perf_counter()
-    seconds_before = progress.seconds
+    seconds_before, waited = progress.seconds, 0.0
     first = printed_batch = progress.step * accumulation
     printed_step = progress.step
     loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
@@ -137,7 +138,9 @@ def train_one_epoch(
         step, passes_done = divmod(i, accumulation)
         where = f"epoch {epoch + 1} batch {i + 1}"
         control.watchdog.at(epoch, 0, i, 0, doing=f"waiting for the data of {where}")
+        asked = time.perf_counter()
         batch, failure = next_batch(batches)
+        waited += time.perf_counter() - asked
         control.watchdog.at(epoch, 0, i, 1, doing=f"agreeing with the other processes before {where}")
         between_steps = passes_done == 0
         stop, save, failures, unreadable_files = sum_on_host(
@@ -215,7 +218,8 @@ def train_one_epoch(
             )
 
     control.watchdog.at(epoch, 0, len(loader), doing=f"waiting for the other processes after epoch {epoch + 1}")
-    progress.seconds = seconds_before + time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    progress.seconds = seconds_before + seconds
     scheduler.step_update((epoch + 1) * steps - 1)  # the last step's rate, also if a run has gone on after that step
     (unreadable_files,) = sum_on_host([unreadable.count], world)
     if unreadable.too_many(unreadable_files):
@@ -225,6 +229,7 @@ def train_one_epoch(
         "train_loss": total / passes if passes else math.nan,
         "lr": optimizer.param_groups[0]["lr"],
         "images_per_second": len(loader) * config.DATA.BATCH_SIZE * world.size / progress.seconds,
+        "data_wait": waited / seconds,
         "memory_mb": peak_memory_mb(world.device),
         "seconds": progress.seconds,
         "skipped_steps": progress.skipped,

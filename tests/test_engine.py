@@ -637,8 +637,30 @@ def test_metrics_and_modes():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert metrics["unreadable_train"] == 3
     assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"])
+    assert 0 <= metrics["data_wait"] < 1
     assert 10 < metrics["memory_mb"] < 1e6
     assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (9, 10, 11)]
+
+
+@pytest.mark.parametrize(("load", "step"), [(0.02, 0.0), (0.0, 0.02), (0.02, 0.02)])
+def test_share_of_the_time_that_is_spent_waiting_for_data(load, step):
+    """Of a loader and a model that take so many seconds per batch."""
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(load)
+                yield batch
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            time.sleep(step)
+            return super().forward(x)
+
+    metrics, _ = train(config_with(), Model(6, 3), Slow(batches(*noise(40))))
+    assert metrics["data_wait"] == pytest.approx(load / (load + step), abs=0.3)
+    assert 0 <= metrics["data_wait"] <= 1
+    assert metrics["data_wait"] * metrics["seconds"] >= 10 * load
 
 
 @pytest.mark.parametrize(("accumulation", "expected"), [(1, [4, 8, 10]), (3, [4])])
