@@ -26,21 +26,22 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"
 # Up to this IMG_SIZE, images are small to begin with: a random resized crop or a centre crop would lose much of them.
 SMALL_IMAGE = 32
 
-# With AVX2, PyTorch resizes uint8 images two to four times as fast as Pillow and with the same antialiased filters;
-# elsewhere it may be slower (tools/benchmark_data.py measures both).
-TORCH_RESIZES = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's, with the same draws; resized by PyTorch where that is faster, giving Pillow's result but for rounding
     (on photographs, by at most 2 of 255 levels)."""
 
+    # With AVX2, PyTorch's antialiased resize of uint8 images takes a third of the time of Pillow's; elsewhere it may
+    # take longer. tools/benchmark_data.py measures both.
+    by_torch = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
     def __call__(self, image: Image.Image) -> Image.Image:
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        choices = self.interpolation if isinstance(self.interpolation, tuple | list) else [self.interpolation]
-        method = random.choice(choices)
+        method = (
+            random.choice(self.interpolation) if isinstance(self.interpolation, tuple | list) else self.interpolation
+        )
         crop = image.crop((left, top, left + width, top + height))
-        if not TORCH_RESIZES or method == InterpolationMode.NEAREST:  # of which PyTorch has another notion
+        if not self.by_torch or method == InterpolationMode.NEAREST:  # of which PyTorch has another notion
             return F.resize(crop, self.size, method)
         resized = F.resize(F.pil_to_tensor(crop), self.size, method, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
