@@ -175,7 +175,7 @@ def test_a_step_waits_for_a_loader_that_is_slower(source, workers):
             time.sleep(0.02)
             return super().load(index)
 
-    slow = Slow(source, 3, 1000)
+    slow = Slow(source, [0, 1, 2], 1000)
     # Batches of two take the loader at least 40 ms per process.
     for speed, low, high in ((2000, 0.75, 1.0), (5, 0.0, 0.35)):
         found = benchmark_data.feed(training_config(), slow, ALONE, workers, 0.3, benchmark_data.pause(speed))
@@ -185,7 +185,7 @@ def test_a_step_waits_for_a_loader_that_is_slower(source, workers):
 
 
 def test_an_epoch_that_ends_early_is_followed_by_another(source):
-    short = benchmark_data.Repeated(source, 6, 6)
+    short = benchmark_data.Repeated(source, range(6), 6)
     indices = []
     benchmark_data.feed(training_config(), short, ALONE, 0, 0.1, lambda batch: indices.extend(batch.index.tolist()))
     assert len(indices) > 6
@@ -193,13 +193,19 @@ def test_an_epoch_that_ends_early_is_followed_by_another(source):
 
 
 def test_repeated_source(source):
-    repeated = benchmark_data.Repeated(source, 4, 10)
-    assert repeated.targets == [source.targets[i % 4] for i in range(10)]
-    assert repeated.name(6) == source.name(2)
-    assert np.array_equal(np.asarray(repeated.load(9)), np.asarray(source.load(1)))
+    repeated = benchmark_data.Repeated(source, [0, 2, 5], 10)
+    assert repeated.targets == [source.targets[i] for i in (0, 2, 5, 0, 2, 5, 0, 2, 5, 0)]
+    assert repeated.name(4) == source.name(2)
+    assert np.array_equal(np.asarray(repeated.load(8)), np.asarray(source.load(5)))
     repeated.cache([5])
-    (folder_of_cached,) = source._cached
-    assert folder_of_cached == 1
+    assert list(source._cached) == [5]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, range(6)), (99, range(6))]
+)
+def test_chosen_images_are_of_all_classes(source, most, expected):
+    assert benchmark_data.evenly(source, most) == list(expected)
 
 
 def test_speed_of_a_step(monkeypatch):

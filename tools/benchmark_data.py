@@ -20,6 +20,7 @@ Writes the JSON file --output and a Markdown table beside it.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -110,21 +111,30 @@ def write_photographs(root: Path, count: int, size: tuple[int, int]) -> Path:
 
 
 class Repeated(Source):
-    """The first `images` of a source over and over, `length` in all, so that an epoch outlasts a measurement."""
+    """The samples `chosen` of a source over and over, `length` in all, so that an epoch outlasts a measurement."""
 
-    def __init__(self, source: Source, images: int, length: int):
-        self.source, self.images = source, images
+    def __init__(self, source: Source, chosen: Sequence[int], length: int):
+        self.source, self.chosen = source, chosen
         self.classes = source.classes
-        self.targets = [source.targets[i % images] for i in range(length)]
+        self.targets = [source.targets[self._index(i)] for i in range(length)]
+
+    def _index(self, index: int) -> int:
+        return self.chosen[index % len(self.chosen)]
 
     def load(self, index: int) -> Image.Image:
-        return self.source.load(index % self.images)
+        return self.source.load(self._index(index))
 
     def name(self, index: int) -> str:
-        return self.source.name(index % self.images)
+        return self.source.name(self._index(index))
 
     def cache(self, indices: Iterable[int]) -> None:
-        self.source.cache({index % self.images for index in indices})
+        self.source.cache({self._index(index) for index in indices})
+
+
+def evenly(source: Source, most: int) -> list[int]:
+    """Samples of all its classes, as far as so many go."""
+    count = min(most, len(source))
+    return [i * len(source) // count for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,9 +245,9 @@ def drawn_method(crop: RandomResizedCropAndInterpolation) -> InterpolationMode:
     return random.choice(methods) if isinstance(methods, tuple | list) else methods
 
 
-def measure_parts(config, source: FolderSource, images: int, seconds: float) -> dict[str, dict[str, Spread]]:
-    """By pipeline and part, and as "whole", milliseconds per image over at least one pass over `images`, and as many
-    as begin within so many seconds. Images that one of them cannot read are left out.
+def measure_parts(config, source: FolderSource, chosen: Sequence[int], seconds: float) -> dict[str, dict[str, Spread]]:
+    """By pipeline and part, and as "whole", milliseconds per image over at least one pass over the samples `chosen`,
+    and as many as begin within so many seconds. Images that one of them cannot read are left out.
 
     Raises:
         UserError: that is all of them.
@@ -247,11 +257,13 @@ def measure_parts(config, source: FolderSource, images: int, seconds: float) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     ends, i = time.perf_counter() + seconds, 0
-    while i < images or (taken and time.perf_counter() < ends):
+    while i < len(chosen) or (taken and time.perf_counter() < ends):
         # Each goes first in turn: it finds the caches cold.
         order = [pipelines[(i + shift) % len(pipelines)] for shift in range(len(pipelines))]
         try:
-            found = {pipeline.name: time_of_parts(pipeline, i % images, (config.SEED, i)) for pipeline in order}
+            found = {
+                pipeline.name: time_of_parts(pipeline, chosen[i % len(chosen)], (config.SEED, i)) for pipeline in order
+            }
         except (OSError, RuntimeError):
             found = {}
         for name, milliseconds in found.items():
@@ -259,7 +271,7 @@ def measure_parts(config, source: FolderSource, images: int, seconds: float) -> 
         i += 1
     torch.set_num_threads(threads)
     if not taken:
-        raise UserError(f"none of {images} images can be read by both Pillow and torchvision, {source.name(0)} first")
+        raise UserError(f"none of {len(chosen)} images can be read, {source.name(chosen[0])} first")
     return {
         pipeline.name: {
             part: spread(values)
@@ -291,6 +303,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def with_workers(config, workers: int):
+    """The config with so many loader processes."""
     config = config.clone()
     config.defrost()
     config.DATA.NUM_WORKERS = workers
@@ -389,12 +402,15 @@ def measure(args: argparse.Namespace, config, world: World, folders: dict[str, P
     sources = {title: FolderSource(folder / "train") for title, folder in folders.items()}
     for title, source in sources.items():
         print(f"parts: {title}", flush=True)
-        images = min(args.images, len(source))
-        kilobytes = statistics.fmean(len(source.read(i)) for i in range(images)) / 1000
-        parts = measure_parts(config, source, images, args.seconds)
+        chosen = evenly(source, args.images)
+        parts = measure_parts(config, source, chosen, args.seconds)
+        bytes_per_file = []
+        for index in chosen:
+            with contextlib.suppress(OSError):
+                bytes_per_file.append(len(source.read(index)))
         result["parts"][title] = {
-            "images": images,
-            "kilobytes_per_file": kilobytes,
+            "images": len(chosen),
+            "kilobytes_per_file": statistics.fmean(bytes_per_file) / 1000,
             "milliseconds": {
                 name: {part: values._asdict() for part, values in row.items()} for name, row in parts.items()
             },
@@ -403,7 +419,7 @@ def measure(args: argparse.Namespace, config, world: World, folders: dict[str, P
     source = next(iter(sources.values()))
     # 5,000 images/s and loader process are more than there is to be had.
     length = config.DATA.BATCH_SIZE * 2 + int(5000 * args.seconds * max(1, *args.workers))
-    source = Repeated(source, min(args.images, len(source)), length)
+    source = Repeated(source, evenly(source, args.images), length)
     for workers in args.workers:
         print(f"loader: {workers} workers", flush=True)
         found = feed(config, source, world, workers, args.seconds, lambda batch: None)
@@ -549,12 +565,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_config(args: argparse.Namespace, device: torch.device):
-    """The config of an image folder, whatever data set the file names."""
-    overrides = [("DATA.DATASET", "imagenet", "benchmark_data.py"), ("DATA.ZIP_MODE", False, "benchmark_data.py")]
-    overrides += [("DATA.CACHE_MODE", "no", "benchmark_data.py")]
-    if args.batch_size or device.type == "cpu":
-        overrides.append(("DATA.BATCH_SIZE", args.batch_size or CPU_BATCH, "--batch-size"))
+def read_config(args: argparse.Namespace):
+    """The config of an image folder, whatever data set the file names, that the tool may change."""
+    fixed = {"DATA.DATASET": "imagenet", "DATA.ZIP_MODE": False, "DATA.CACHE_MODE": "no"}
+    overrides = [(key, value, "benchmark_data.py") for key, value in fixed.items()]
+    if args.batch_size:
+        overrides.append(("DATA.BATCH_SIZE", args.batch_size, "--batch-size"))
     config, notes = load_config(args.cfg, args.opts, overrides)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -563,13 +579,19 @@ def read_config(args: argparse.Namespace, device: torch.device):
             f"{args.cfg}: DATA.IMG_SIZE is {config.DATA.IMG_SIZE}, at which images are not cropped; accepted here: "
             f"more than {SMALL_IMAGE}"
         )
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or 1000
     return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    world = init_world("auto")
-    config = read_config(args, world.device)
+    config = read_config(args)
+    world = init_world(config.DEVICE)
+    if world.device.type == "cpu" and not args.batch_size and "DATA.BATCH_SIZE" not in args.opts:
+        config.DATA.BATCH_SIZE = CPU_BATCH
+    config.freeze()
     with writing_to(args.output.parent):
         args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -584,10 +606,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{size[0]} x {size[1]} pixels": write_photographs(Path(temporary, str(size[0])), count, size)
                 for size, count in zip(SIZES, (args.images, args.images // LARGE_IMAGES), strict=True)
             }
-        config = config.clone()
-        config.defrost()
-        config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or 1000
-        config.freeze()
         result = {
             "command": shlex.join(["python", "tools/benchmark_data.py", *(sys.argv[1:] if argv is None else argv)]),
             "machine": machine(world),
