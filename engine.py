@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Sample
+from data import Normalize, Sample, build_batch_transform
 from distributed import World, all_reduce_sum, sum_on_host
 from nonfinite import FiniteGuard, Statistics, Step, clip_gradients, poison, update_scaler
 from stopping import Stopped, StopRequest
@@ -104,8 +104,9 @@ def train_one_epoch(
 
     Returns:
         train_loss (mean over all processes and the steps that were not skipped), lr (of the last step),
-        images_per_second (all processes), memory_mb (peak), seconds, skipped_steps, unreadable_train (images of all
-        processes).
+        images_per_second (all processes), data_wait (0 to 1: the share of the time since the epoch began, or was gone
+        on with, in which this process waited for its loader; a GPU, ahead of which its host runs, waited less),
+        memory_mb (peak), seconds, skipped_steps, unreadable_train (images of all processes).
 
     Raises:
         Stopped: a process got a signal; the state is between two steps.
@@ -120,6 +121,7 @@ def train_one_epoch(
     accumulation = config.TRAIN.ACCUMULATION_STEPS
     steps = steps_per_epoch(loader, accumulation)
     unreadable = UnreadableFiles(config, loader, logger, progress.unreadable)
+    transform = build_batch_transform(config, mixup, world.device)
     guard, statistics = FiniteGuard(config, state, logger), Statistics(state.model)
     check_every = steps_between_checks(config, world)
     progress.losses = progress.losses.to(world.device)
@@ -127,7 +129,7 @@ def train_one_epoch(
         torch.cuda.reset_peak_memory_stats()
 
     started = printed = time.perf_counter()
-    seconds_before = progress.seconds
+    seconds_before, waited = progress.seconds, 0.0
     first = printed_batch = progress.step * accumulation
     printed_step = progress.step
     loader.sampler.set_epoch(epoch, first * config.DATA.BATCH_SIZE)
@@ -136,7 +138,9 @@ def train_one_epoch(
         step, passes_done = divmod(i, accumulation)
         where = f"epoch {epoch + 1} batch {i + 1}"
         control.watchdog.at(epoch, 0, i, 0, doing=f"waiting for the data of {where}")
+        asked = time.perf_counter()
         batch, failure = next_batch(batches)
+        waited += time.perf_counter() - asked
         control.watchdog.at(epoch, 0, i, 1, doing=f"agreeing with the other processes before {where}")
         between_steps = passes_done == 0
         stop, save, failures, unreadable_files = sum_on_host(
@@ -166,8 +170,7 @@ def train_one_epoch(
         unreadable.note(batch)
         images = batch.image.to(world.device, non_blocking=True)
         targets = batch.target.to(world.device, non_blocking=True)
-        if mixup:
-            images, targets = mixup(images, targets)
+        images, targets = transform(images, targets)
 
         if between_steps:
             losses, samples = [], []
@@ -215,7 +218,8 @@ def train_one_epoch(
             )
 
     control.watchdog.at(epoch, 0, len(loader), doing=f"waiting for the other processes after epoch {epoch + 1}")
-    progress.seconds = seconds_before + time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    progress.seconds = seconds_before + seconds
     scheduler.step_update((epoch + 1) * steps - 1)  # the last step's rate, also if a run has gone on after that step
     (unreadable_files,) = sum_on_host([unreadable.count], world)
     if unreadable.too_many(unreadable_files):
@@ -225,6 +229,7 @@ def train_one_epoch(
         "train_loss": total / passes if passes else math.nan,
         "lr": optimizer.param_groups[0]["lr"],
         "images_per_second": len(loader) * config.DATA.BATCH_SIZE * world.size / progress.seconds,
+        "data_wait": waited / seconds,
         "memory_mb": peak_memory_mb(world.device),
         "seconds": progress.seconds,
         "skipped_steps": progress.skipped,
@@ -260,7 +265,7 @@ def evaluate(
     model.eval()
     control = control or Control()
     amp = resolve_amp(config, world.device)
-    unreadable = UnreadableFiles(config, loader, logger)
+    unreadable, normalize = UnreadableFiles(config, loader, logger), Normalize(world.device)
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)  # images, readable, loss, top-1, top-5
     started = time.perf_counter()
     failure = None
@@ -271,7 +276,7 @@ def evaluate(
         if failure is not None or control.request.signal is not None:
             break
         unreadable.note(batch)
-        images = batch.image.to(world.device, non_blocking=True)
+        images = normalize(batch.image.to(world.device, non_blocking=True))
         targets = batch.target.to(world.device, non_blocking=True)
         readable = batch.readable.to(world.device, non_blocking=True)
         with autocast(world.device, amp):
@@ -312,7 +317,7 @@ def throughput(config, model: nn.Module, images: torch.Tensor, world: World) -> 
     the median of 30 passes, or of as many as fit into 20 seconds (at least 3)."""
     model.eval()
     amp = resolve_amp(config, world.device)
-    images = images.to(world.device)
+    images = Normalize(world.device)(images.to(world.device))
     seconds = []
     warmup, deadline = (10 if world.device.type == "cuda" else 1), time.perf_counter() + 20
     for i in range(warmup + 30):

@@ -320,7 +320,8 @@ def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Log
     """An epoch's results, and what was not as it should be."""
     logger.info(
         f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}; "
-        f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']})"
+        f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); trained at "
+        f"{metrics['images_per_second']:.0f} images/s, {100 * metrics['data_wait']:.0f} % of the time waiting for data"
     )
     if metrics["unreadable_train"]:
         message = f"{metrics['unreadable_train']} unreadable images in this epoch's training, replaced"

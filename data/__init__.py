@@ -2,6 +2,16 @@
 
 from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes
 from .dataset import Sample
+from .device import Normalize, build_batch_transform
 from .transforms import build_mixup
 
-__all__ = ["Sample", "build_eval_loader", "build_mixup", "build_sources", "build_train_loader", "check_num_classes"]
+__all__ = [
+    "Normalize",
+    "Sample",
+    "build_batch_transform",
+    "build_eval_loader",
+    "build_mixup",
+    "build_sources",
+    "build_train_loader",
+    "check_num_classes",
+]

@@ -1,12 +1,17 @@
-"""Augmentation and preprocessing, timm's, as the recipe sets it: images to normalised (3, S, S) float tensors."""
+"""Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, S, S) uint8 tensors.
+`device.py` has what is done to batches of them."""
 
+import random
 from collections.abc import Callable
 
+import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
-from timm.data.transforms import str_to_interp_mode
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from config import ConfigError
 
@@ -22,10 +27,30 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"
 SMALL_IMAGE = 32
 
 
+class RandomResizedCrop(RandomResizedCropAndInterpolation):
+    """timm's, with the same draws; resized by PyTorch where that is faster, giving Pillow's result but for rounding
+    (on photographs, by at most 2 of 255 levels)."""
+
+    # With AVX2, PyTorch's antialiased resize of uint8 images takes a third of the time of Pillow's; elsewhere it may
+    # take longer. tools/benchmark_data.py measures both.
+    by_torch = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.get_params(image, self.scale, self.ratio)
+        method = (
+            random.choice(self.interpolation) if isinstance(self.interpolation, tuple | list) else self.interpolation
+        )
+        crop = image.crop((left, top, left + width, top + height))
+        if not self.by_torch or method == InterpolationMode.NEAREST:  # of which PyTorch has another notion
+            return F.resize(crop, self.size, method)
+        resized = F.resize(F.pil_to_tensor(crop), self.size, method, antialias=True)
+        return Image.fromarray(resized.permute(1, 2, 0).numpy())
+
+
 def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
-    """The training transform (random crop, flip, RandAugment or colour jitter, random erasing) or the evaluation one
-    (resize to 256 / 224 of the image size, centre crop). Images of at most 32 pixels are resized as a whole, and in
-    training shifted by up to an eighth of their size instead of cropped."""
+    """The training transform (random crop, flip, RandAugment or colour jitter) or the evaluation one (resize to
+    256 / 224 of the image size, centre crop; by Pillow, as in the released code). Images of at most 32 pixels are
+    resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
     size = config.DATA.IMG_SIZE
     small = size <= SMALL_IMAGE
     # PIL resizes with one method at a time; "random" is a training option of timm's.
@@ -39,28 +64,26 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
                 color_jitter=config.AUG.COLOR_JITTER or None,
                 auto_augment=None if config.AUG.AUTO_AUGMENT in ("none", "") else config.AUG.AUTO_AUGMENT,
                 interpolation=config.DATA.INTERPOLATION,
-                re_prob=config.AUG.REPROB,
-                re_mode=config.AUG.REMODE,
-                re_count=config.AUG.RECOUNT,
+                normalize=False,
             )
         except (AssertionError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"AUG.AUTO_AUGMENT is {config.AUG.AUTO_AUGMENT!r} ({error}); accepted: timm's policies, such as "
                 "rand-m9-mstd0.5-inc1, original or augmix-m5-w4-d2, or none"
             ) from error
+        crop, *others = transform.transforms
+        assert isinstance(crop, RandomResizedCropAndInterpolation), "timm's training transform starts with its crop"
         if small:
-            random_resized_crop, *others = transform.transforms
-            assert "Crop" in type(random_resized_crop).__name__, "timm's training transform starts with its crop"
             resize = transforms.Resize((size, size), interpolation=whole)
             return transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8), *others])
-        return transform
+        crop = RandomResizedCrop(crop.size, crop.scale, crop.ratio, config.DATA.INTERPOLATION)
+        return transforms.Compose([crop, *others])
 
     if small or not config.TEST.CROP:
         resize = [transforms.Resize((size, size), interpolation=whole)]
     else:
         resize = [transforms.Resize(int(256 / 224 * size), interpolation=whole), transforms.CenterCrop(size)]
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*resize, transforms.ToTensor(), normalize])
+    return transforms.Compose([*resize, transforms.PILToTensor()])
 
 
 def build_mixup(config, num_classes: int) -> Mixup | None:

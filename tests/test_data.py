@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import pickle
 import random
 import re
@@ -12,28 +13,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms
 
 import distributed
 from config import ConfigError, get_default_config
-from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
+from data import (
+    Normalize,
+    build_batch_transform,
+    build_eval_loader,
+    build_mixup,
+    build_sources,
+    build_train_loader,
+    check_num_classes,
+)
 from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
-from data.transforms import build_transform
+from data.transforms import RandomResizedCrop, build_transform
 from distributed import World
 from utils import UserError, run_entry_point, seed_all
 
-MEAN = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
-STD = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
 NO_AUGMENTATION = {
     "AUG__HFLIP": 0.0,
     "AUG__COLOR_JITTER": 0.0,
     "AUG__AUTO_AUGMENT": "none",
-    "AUG__REPROB": 0.0,
 }
 
 
@@ -638,7 +646,8 @@ def test_batch_of_a_loader():
     batches = list(build_eval_loader(config, array_source(12), world()))
     assert [len(batch.image) for batch in batches] == [5, 5, 2]
     assert batches[0].image.shape == (5, 3, 32, 32)
-    assert batches[0].image.dtype == torch.float32
+    assert batches[0].image.dtype == torch.uint8
+    assert batches[0].image.is_contiguous()
     assert batches[2].target.tolist() == [1, 2]
     assert batches[2].index.tolist() == [10, 11]
     assert batches[2].readable.dtype == torch.bool
@@ -706,7 +715,7 @@ def test_unreadable_image(tmp_path, content):
         assert data[0, following].readable
 
         sample = dataset(source, is_train=False)[0, broken]
-        assert torch.equal(sample.image, torch.zeros(3, 32, 32))
+        assert torch.equal(sample.image, torch.zeros(3, 32, 32, dtype=torch.uint8))
         assert sample[1:] == (source.targets[broken], broken, False)
 
 
@@ -785,9 +794,9 @@ def test_colour_mode(tmp_path, content, color):
 # Transforms
 
 
-def restore(image: torch.Tensor) -> np.ndarray:
-    """The uint8 image, (S, S, 3), of a normalised tensor."""
-    return (image * STD + MEAN).mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+def as_array(image: torch.Tensor) -> np.ndarray:
+    """(S, S, 3) of a transformed image."""
+    return image.permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize(
@@ -806,8 +815,8 @@ def test_evaluation_transform(size, crop, shorter, interpolation):
         expected = image.resize((width, shorter), method).crop((left, top, left + size, top + size))
     found = build_transform(config, is_train=False)(image)
     assert found.shape == (3, size, size)
-    assert found.dtype == torch.float32
-    assert np.array_equal(restore(found), np.asarray(expected))
+    assert found.dtype == torch.uint8
+    assert np.array_equal(as_array(found), np.asarray(expected))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "random"])
@@ -817,7 +826,7 @@ def test_training_transform_gives_the_size(size, interpolation):
     for height, width in ((60, 90), (5, 3), (300, 40)):
         found = transform(Image.fromarray(pixels(0, height, width)))
         assert found.shape == (3, size, size)
-        assert found.dtype == torch.float32
+        assert found.dtype == torch.uint8
 
 
 def test_small_images_are_shifted_in_training_not_cropped():
@@ -826,7 +835,7 @@ def test_small_images_are_shifted_in_training_not_cropped():
     padded = np.pad(array, ((4, 4), (4, 4), (0, 0)))
     windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
     seed_all(0)
-    shifts = {windows[restore(transform(Image.fromarray(array))).tobytes()] for _ in range(60)}
+    shifts = {windows[as_array(transform(Image.fromarray(array))).tobytes()] for _ in range(60)}
     assert len(shifts) > 20
 
 
@@ -840,7 +849,7 @@ def test_flip(size, hflip):
     for seed in range(20):
         seed_all(seed)
         found = transform(Image.fromarray(array))
-        left, right = found[..., : size // 2].mean(), found[..., size // 2 :].mean()
+        left, right = found[..., : size // 2].float().mean(), found[..., size // 2 :].float().mean()
         assert left >= right if hflip else left <= right
 
 
@@ -850,7 +859,6 @@ def test_flip(size, hflip):
         (None, None),
         ("AUG__COLOR_JITTER", 0.4),
         ("AUG__AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"),
-        ("AUG__REPROB", 1.0),
     ],
 )
 def test_augmentation_that_is_off_changes_no_colour(key, value):
@@ -860,27 +868,165 @@ def test_augmentation_that_is_off_changes_no_colour(key, value):
     changed = 0
     for seed in range(20):
         seed_all(seed)
-        changed += (restore(transform(Image.new("RGB", (60, 60), RGB))) != RGB).any()
+        changed += (as_array(transform(Image.new("RGB", (60, 60), RGB))) != RGB).any()
     assert changed == 0 if key is None else changed >= 5
-
-
-@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
-def test_random_erasing(mode):
-    config = config_with(
-        DATA__IMG_SIZE=48, **{**NO_AUGMENTATION, "AUG__REPROB": 1.0, "AUG__REMODE": mode, "AUG__RECOUNT": 3}
-    )
-    transform = build_transform(config, is_train=True)
-    seed_all(0)
-    found = transform(Image.new("RGB", (60, 60), RGB))
-    colors = {tuple(color) for color in found.flatten(1).T.tolist()}
-    assert {"const": len(colors) == 2, "rand": 2 <= len(colors) <= 4, "pixel": len(colors) > 10}[mode]
-    assert ((0.0, 0.0, 0.0) in colors) == (mode == "const")
 
 
 @pytest.mark.parametrize("policy", ["nonsense", "rand-m9x"])
 def test_augmentation_policy_that_timm_does_not_know(policy):
     with pytest.raises(UserError, match=r"AUG\.AUTO_AUGMENT"):
         build_transform(config_with(AUG__AUTO_AUGMENT=policy), is_train=True)
+
+
+@pytest.mark.parametrize("method", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("shape", [(375, 500), (1000, 1500), (60, 90), (5, 3), (300, 40)])
+def test_crop_that_pytorch_resizes_is_pillows_but_for_rounding(monkeypatch, shape, method):
+    """Whatever resizes, the draws, and with them the crop, are timm's."""
+    image = Image.fromarray(pixels(0, *shape)).filter(ImageFilter.GaussianBlur(3))
+    expected = timm.data.transforms.RandomResizedCropAndInterpolation(224, interpolation=method)
+    crop = RandomResizedCrop(224, interpolation=method)
+    for resizes in (True, False):
+        monkeypatch.setattr(RandomResizedCrop, "by_torch", resizes)
+        for seed in range(5):
+            seed_all(seed)
+            found, following = np.asarray(crop(image)).astype(int), random.random()
+            seed_all(seed)
+            difference = found - np.asarray(expected(image))
+            assert random.random() == following
+            assert np.abs(difference).max() <= (2 if resizes else 0)
+            assert abs(difference.mean()) < 0.01
+
+
+def test_random_interpolation_draws_as_timm_does():
+    image = Image.fromarray(pixels(0, 100, 150)).filter(ImageFilter.GaussianBlur(3))
+    expected = timm.data.transforms.RandomResizedCropAndInterpolation(48, interpolation="random")
+    found = []
+    for crop in (RandomResizedCrop(48, interpolation="random"), expected):
+        seed_all(0)
+        crops = [np.asarray(crop(image)).astype(int) for _ in range(10)]
+        found.append((np.stack(crops), random.random()))
+    assert np.abs(found[0][0] - found[1][0]).max() <= 2
+    assert found[0][1] == found[1][1]
+
+
+# On the device
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_normalisation_is_torchvisions_to_the_last_bit(device):
+    """For all levels in all channels, in images and batches."""
+    levels = np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 8, 3))
+    images = [Image.fromarray(levels), Image.fromarray(pixels(3, 256, 8))]
+    expected = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    )
+    batch = torch.stack([transforms.functional.pil_to_tensor(image) for image in images]).to(device)
+    found = Normalize(batch.device)(batch)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.cpu(), torch.stack([expected(image) for image in images]))
+    assert batch.dtype == torch.uint8
+
+
+def test_images_that_are_normalised_stay_so():
+    images = torch.randn(2, 3, 8, 8)
+    assert Normalize(CPU)(images) is images
+
+
+@pytest.mark.parametrize("name", ["imagenet", "digits"])
+def test_evaluation_images_are_what_the_float_transform_gave(tmp_path, name):
+    """From the loader to the model: Pillow's resize, ToTensor and Normalize."""
+    size = {"imagenet": 48, "digits": 32}[name]
+    write_folder(tmp_path / "train", {"a/0.png": png(0)})
+    write_folder(tmp_path / "val", {f"a/{i}.png": encode(Image.fromarray(pixels(i, 60, 90))) for i in range(5)})
+    config = config_with(DATA__DATASET=name, DATA__DATA_PATH=str(tmp_path), DATA__IMG_SIZE=size, DATA__BATCH_SIZE=4)
+    source = build_sources(config, world()).val
+    crop = [transforms.Resize(54, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)]
+    whole = [transforms.Resize((32, 32), transforms.InterpolationMode.BICUBIC)]
+    expected = transforms.Compose(
+        [
+            *(crop if name == "imagenet" else whole),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+    for batch in itertools.islice(build_eval_loader(config, source, world()), 2):
+        for image, index in zip(Normalize(CPU)(batch.image), batch.index.tolist(), strict=True):
+            assert torch.equal(image, expected(source.load(index)))
+
+
+def erase(mode: str, seed: int = 0, device: str = "cpu", **values) -> torch.Tensor:
+    """16 images of one colour, normalised and erased."""
+    config = config_with(**{"AUG__REPROB": 1.0, "AUG__REMODE": mode, "AUG__RECOUNT": 3, **values})
+    transform = build_batch_transform(config, None, torch.device(device))
+    images = torch.tensor(RGB, dtype=torch.uint8)[:, None, None].repeat(16, 1, 48, 48).to(device)
+    seed_all(seed)
+    found, targets = transform(images, torch.arange(16))
+    assert targets.tolist() == list(range(16))
+    return found.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing(mode, device):
+    normal = Normalize(CPU)(torch.tensor(RGB, dtype=torch.uint8)[:, None, None])[:, 0, 0]
+    for image in erase(mode, device=device):
+        colors = {tuple(color) for color in image.flatten(1).T.tolist()}
+        assert tuple(normal.tolist()) in colors
+        assert {"const": len(colors) == 2, "rand": 2 <= len(colors) <= 4, "pixel": len(colors) > 10}[mode]
+        assert ((0.0, 0.0, 0.0) in colors) == (mode == "const")
+
+
+def test_random_erasing_probability():
+    """Of 16 images with probability 0, one half and 1."""
+    untouched = erase("const", AUG__REPROB=0.0)[0]
+    counts = [
+        sum((image != untouched).any().item() for image in erase("const", AUG__REPROB=probability))
+        for probability in (0.0, 0.5, 1.0)
+    ]
+    assert counts[0] == 0 < counts[1] < counts[2] == 16
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_random_erasing_depends_on_the_seed_alone(mode):
+    first = erase(mode)
+    random.random(), torch.rand(3)
+    assert torch.equal(erase(mode), first)
+    assert not torch.equal(erase(mode, seed=1), first)
+
+
+def test_batches_are_normalised_then_erased_then_mixed():
+    """timm's order, in which regions erased to 0 are mixed with another image's colours."""
+    config = config_with(
+        DATA__BATCH_SIZE=4, AUG__REPROB=1.0, AUG__REMODE="const", AUG__CUTMIX=0.0, AUG__MIXUP=10.0, AUG__RECOUNT=2
+    )
+    mixup = build_mixup(config, 4)
+    images = torch.randint(256, (4, 3, 24, 24), dtype=torch.uint8)
+    transform = build_batch_transform(config, mixup, CPU)
+    seed_all(5)
+    found, targets = transform(images.clone(), torch.arange(4))
+    seed_all(5)
+    erased = transform.erasing(Normalize(CPU)(images))
+    expected, soft = mixup(erased, torch.arange(4))
+    assert torch.equal(found, expected)
+    assert torch.equal(targets, soft)
+    assert targets.shape == (4, 4)
+
+
+@pytest.mark.cuda
+def test_batch_transform_does_not_wait_for_the_device():
+    config = config_with(DATA__BATCH_SIZE=8, AUG__REPROB=1.0, AUG__RECOUNT=3)
+    transform = build_batch_transform(config, build_mixup(config, 4), torch.device("cuda"))
+    images = torch.randint(256, (8, 3, 48, 48), dtype=torch.uint8, device="cuda")
+    targets = torch.arange(8, device="cuda") % 4
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            transform(images, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # Mixup

@@ -22,7 +22,7 @@ import distributed
 import engine
 import nonfinite
 from config import get_default_config
-from data import build_mixup, build_train_loader
+from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import ArraySource
 from distributed import TIMEOUT, World, close_world, init_world
@@ -55,6 +55,7 @@ def config_with(**values):
         "TRAIN__CLIP_GRAD": 0.0,
         "AMP": "off",
         "DATA__MAX_UNREADABLE": 1.0,
+        "AUG__REPROB": 0.0,
     }
     config = get_default_config()
     for key, value in {**plain, **values}.items():
@@ -339,6 +340,34 @@ def test_mixup_gives_soft_targets_that_are_not_smoothed_again():
     assert metrics["train_loss"] == pytest.approx(np.mean(expected), rel=1e-6)
 
 
+def test_images_of_a_batch_are_normalised_erased_and_mixed_by_position():
+    """What the model is given, from a real loader, depends on (seed, epoch, batch, rank)."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    source = ArraySource(images, [i % 3 for i in range(12)], "abc", "noise")
+    config = config_with(SEED=7, AUG__REPROB=0.5, AUG__REMODE="pixel", AUG__RECOUNT=2, TRAIN__ACCUMULATION_STEPS=2)
+    mixup = build_mixup(config, 3)
+    found = []
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            found.append(x.clone())
+            return super().forward(x)
+
+    loader = build_train_loader(config, source, ALONE)
+    for _ in range(2):
+        train(config, Model(nn.Flatten(), linear(3 * 32 * 32)), loader, mixup=mixup, epoch=4, world=world(rank=1))
+    transform = build_batch_transform(config, mixup, CPU)
+    loader.sampler.set_epoch(4)
+    expected = []
+    for i, batch in enumerate(loader):
+        assert batch.image.dtype == torch.uint8
+        seed_all(7, 4, i, 1)
+        expected.append(transform(batch.image, batch.target)[0])
+    assert len(found) == 6
+    for image, other in zip(found, 2 * expected, strict=True):
+        assert torch.equal(image, other)
+
+
 # Losses and gradients that are not finite
 
 
@@ -607,8 +636,30 @@ def test_metrics_and_modes():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert metrics["unreadable_train"] == 3
     assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"])
+    assert 0 <= metrics["data_wait"] < 1
     assert 10 < metrics["memory_mb"] < 1e6
     assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (9, 10, 11)]
+
+
+@pytest.mark.parametrize(("load", "step"), [(0.02, 0.0), (0.0, 0.02), (0.02, 0.02)])
+def test_share_of_the_time_that_is_spent_waiting_for_data(load, step):
+    """Of a loader and a model that take so many seconds per batch."""
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(load)
+                yield batch
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            time.sleep(step)
+            return super().forward(x)
+
+    metrics, _ = train(config_with(), Model(6, 3), Slow(batches(*noise(40))))
+    assert metrics["data_wait"] == pytest.approx(load / (load + step), abs=0.3)
+    assert 0 <= metrics["data_wait"] <= 1
+    assert metrics["data_wait"] * metrics["seconds"] >= 10 * load
 
 
 @pytest.mark.parametrize(("accumulation", "expected"), [(1, [4, 8, 10]), (3, [4])])

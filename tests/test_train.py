@@ -61,7 +61,8 @@ def test_a_run_writes_what_it_promises(digits_run):
 
     records = metrics(digits_run)
     assert [record["epoch"] for record in records] == [1, 2, 3]
-    promised = {"train_loss", "val_loss", "top1", "top5", "lr", "images_per_second", "memory_mb", "seconds"}
+    promised = {"train_loss", "val_loss", "top1", "top5", "lr", "images_per_second", "data_wait"}
+    promised |= {"memory_mb", "seconds"}
     assert promised <= set(records[0])
     best = max(records, key=lambda record: record["top1"])
     content = torch.load(digits_run / "best.pth", weights_only=True)
@@ -69,7 +70,17 @@ def test_a_run_writes_what_it_promises(digits_run):
     assert content["epoch"] == best["epoch"]
 
     log = (digits_run / "log_rank0.txt").read_text()
-    for word in ("epoch 1/3 step 10/22", "eta", "lr", "loss", "grad_norm", "images/s", "memory", "top-1"):
+    for word in (
+        "epoch 1/3 step 10/22",
+        "eta",
+        "lr",
+        "loss",
+        "grad_norm",
+        "images/s",
+        "memory",
+        "top-1",
+        "waiting for data",
+    ):
         assert word in log
     assert "\x1b[" not in log
 

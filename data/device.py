@@ -1,0 +1,52 @@
+"""What is done to a batch on the device, in the order of timm's prefetcher: normalisation, random erasing, mixup."""
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+
+class Normalize:
+    """(x / 255 - mean) / std with ImageNet's statistics, in the order and precision of torchvision's ToTensor and
+    Normalize, whose result it gives to the last bit."""
+
+    def __init__(self, device: torch.device):
+        # A tensor, because CUDA multiplies by the reciprocal of a number, which is not always the quotient.
+        self.largest = torch.tensor([255.0], device=device)
+        self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
+        self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, S, S) as float32, a new tensor. Those of floating point are taken as normalised and come
+        back as they are."""
+        if images.is_floating_point():
+            return images
+        return images.to(torch.float32).div_(self.largest).sub_(self.mean).div_(self.std)
+
+
+class BatchTransform:
+    """A batch of training: uint8 images (N, 3, S, S) and labels (N,) on the device, to what the model is given and
+    its targets, which are soft, (N, classes), with mixup.
+
+    What it draws comes of Python's, NumPy's and PyTorch's generators, the device's one included, and nothing of it
+    waits for the device.
+    """
+
+    def __init__(self, normalize: Normalize, erasing: RandomErasing | None = None, mixup: Mixup | None = None):
+        self.normalize, self.erasing, self.mixup = normalize, erasing, mixup
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        images = self.normalize(images)
+        if self.erasing:
+            images = self.erasing(images)
+        if self.mixup:
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+
+def build_batch_transform(config, mixup: Mixup | None, device: torch.device) -> BatchTransform:
+    """What training does to its batches, as the recipe sets it."""
+    erasing = None
+    if config.AUG.REPROB > 0:
+        erasing = RandomErasing(config.AUG.REPROB, mode=config.AUG.REMODE, max_count=config.AUG.RECOUNT, device=device)
+    return BatchTransform(Normalize(device), erasing, mixup)
