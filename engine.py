@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Normalize, Sample, build_batch_transform
+from data import Sample, build_batch_transform, build_normalize
 from distributed import World, all_reduce_sum, sum_on_host
 from nonfinite import FiniteGuard, Statistics, Step, clip_gradients, poison, update_scaler
 from stopping import Stopped, StopRequest
@@ -265,7 +265,7 @@ def evaluate(
     model.eval()
     control = control or Control()
     amp = resolve_amp(config, world.device)
-    unreadable, normalize = UnreadableFiles(config, loader, logger), Normalize(world.device)
+    unreadable, normalize = UnreadableFiles(config, loader, logger), build_normalize(config, world.device)
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)  # images, readable, loss, top-1, top-5
     started = time.perf_counter()
     failure = None
@@ -280,7 +280,7 @@ def evaluate(
         targets = batch.target.to(world.device, non_blocking=True)
         readable = batch.readable.to(world.device, non_blocking=True)
         with autocast(world.device, amp):
-            logits = model(images)
+            logits = predict(config, model, images)
         logits = logits.float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -311,13 +311,22 @@ def evaluate(
     }
 
 
+def predict(config, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits (N, classes) of a batch that may be the last one and smaller than the others: for a compiled model, which
+    would be compiled anew for it, black images fill it up."""
+    if not config.TRAIN.COMPILE:
+        return model(images)
+    missing = max(0, config.DATA.BATCH_SIZE - len(images))
+    return model(F.pad(images, (0, 0) * (images.ndim - 1) + (0, missing)))[: len(images)]
+
+
 @torch.inference_mode()
 def throughput(config, model: nn.Module, images: torch.Tensor, world: World) -> float:
     """Images per second of the model alone in evaluation, on this process, for one batch (N, 3, S, S) over and over:
     the median of 30 passes, or of as many as fit into 20 seconds (at least 3)."""
     model.eval()
     amp = resolve_amp(config, world.device)
-    images = Normalize(world.device)(images.to(world.device))
+    images = build_normalize(config, world.device)(images.to(world.device))
     seconds = []
     warmup, deadline = (10 if world.device.type == "cuda" else 1), time.perf_counter() + 20
     for i in range(warmup + 30):

@@ -2,15 +2,15 @@
 
 from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes
 from .dataset import Sample
-from .device import Normalize, build_batch_transform
+from .device import build_batch_transform, build_normalize
 from .transforms import build_mixup
 
 __all__ = [
-    "Normalize",
     "Sample",
     "build_batch_transform",
     "build_eval_loader",
     "build_mixup",
+    "build_normalize",
     "build_sources",
     "build_train_loader",
     "check_num_classes",

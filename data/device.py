@@ -8,9 +8,14 @@ from torch import Tensor
 
 class Normalize:
     """(x / 255 - mean) / std with ImageNet's statistics, in the order and precision of torchvision's ToTensor and
-    Normalize, whose result it gives to the last bit."""
+    Normalize, whose result it gives to the last bit.
 
-    def __init__(self, device: torch.device):
+    Args:
+        memory_format: of the result.
+    """
+
+    def __init__(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format):
+        self.memory_format = memory_format
         # A tensor, because CUDA multiplies by the reciprocal of a number, which is not always the quotient.
         self.largest = torch.tensor([255.0], device=device)
         self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
@@ -21,7 +26,8 @@ class Normalize:
         back as they are."""
         if images.is_floating_point():
             return images
-        return images.to(torch.float32).div_(self.largest).sub_(self.mean).div_(self.std)
+        images = images.to(torch.float32, memory_format=self.memory_format)
+        return images.div_(self.largest).sub_(self.mean).div_(self.std)
 
 
 class BatchTransform:
@@ -44,9 +50,14 @@ class BatchTransform:
         return images, targets
 
 
+def build_normalize(config, device: torch.device) -> Normalize:
+    """What training and evaluation do to their images first, in the memory format that the model is to be fed."""
+    return Normalize(device, torch.channels_last if config.TRAIN.CHANNELS_LAST else torch.contiguous_format)
+
+
 def build_batch_transform(config, mixup: Mixup | None, device: torch.device) -> BatchTransform:
     """What training does to its batches, as the recipe sets it."""
     erasing = None
     if config.AUG.REPROB > 0:
         erasing = RandomErasing(config.AUG.REPROB, mode=config.AUG.REMODE, max_count=config.AUG.RECOUNT, device=device)
-    return BatchTransform(Normalize(device), erasing, mixup)
+    return BatchTransform(build_normalize(config, device), erasing, mixup)

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, fast_layer_norm, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -78,14 +78,14 @@ class PointwiseLinear(nn.Linear):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W), in the dtype of x."""
+    """LayerNorm over the channels of (N, C, H, W), under autocast in its dtype. Autocast itself would make input and
+    output float32, twice the memory, although the statistics are computed in float32 either way."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not F.layer_norm, whose input and output autocast makes float32, twice the memory, to no avail: the statistics
-        # are computed in float32 anyway.
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        # The meta device, which tools/complexity.py runs on, knows no autocast.
+        layer_norm = F.layer_norm if x.is_meta else fast_layer_norm
         x = x.permute(0, 2, 3, 1)
-        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0].permute(0, 3, 1, 2)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

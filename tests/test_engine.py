@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import distributed
 import engine
@@ -27,6 +28,7 @@ from data.dataset import Sample
 from data.sources import ArraySource
 from distributed import TIMEOUT, World, close_world, init_world
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from models import StripMLP
 from nonfinite import NonFiniteError, build_scaler
 from optimizer import build_optimizer
 from stopping import Stopped
@@ -530,6 +532,37 @@ def test_momentum_after_a_first_step_that_was_skipped(fused):
         train(config, model, batches(data, some), optimizer=optimizer)
         found.append(weights(model))
     torch.testing.assert_close(found[0], found[1])
+
+
+# A compiled model
+
+
+def test_compiled_once_for_training_and_once_for_evaluation():
+    """Not again in later epochs, nor for the last batch of an evaluation, which is smaller; nor are there graph breaks,
+    each of which would add a graph. What comes out is what the model gives without the compiler."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (10, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(3, (10,), generator=generator)
+    shape = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_classes": 3, "drop_path_rate": 0.0}
+    results = {}
+    for compiled in False, True:
+        config = config_with(TRAIN__COMPILE=compiled)
+        torch.manual_seed(0)
+        model = StripMLP(**shape)
+        graphs = CompileCounterWithBackend("aot_eager")
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(backend=graphs, fullgraph=True)
+        found, counts = [], []
+        for _ in range(2):
+            found.append(
+                train(config, model, batches(images[:8], targets[:8]), rate=lambda step: 1e-3)[0]["train_loss"]
+            )
+            found.append(evaluate(config, model, batches(images, targets), ALONE, Log())["val_loss"])
+            counts.append(graphs.frame_count)
+        results[compiled] = found
+        assert counts == ([2, 2] if compiled else [0, 0])
+    assert results[True] == pytest.approx(results[False], rel=1e-4)
 
 
 # Where an epoch may be left, and gone on with

@@ -8,7 +8,8 @@
     python tools/benchmark.py --data --help
 
 A contender is [literal:]NAME[:MODE]. NAME is any model that timm knows, ours included; "literal:" is tests/literal.py,
-the equations transcribed, with the same weights; MODE is eager, compile, reparameterized or reparameterized+compile.
+the equations transcribed, with the same weights; MODE is eager or compile, for inference reparameterized or
+reparameterized+compile, for training checkpoint or checkpoint+compile (activation checkpointing).
 Contenders of the same task, dtype, batch and image size are timed in turn in one process, in an order that rotates.
 Training is forward pass, cross-entropy, backward pass and a fused AdamW step; stochastic depth is 0 everywhere.
 
@@ -44,6 +45,7 @@ from contenders import (
     parse_contenders,
     random_batch,
     reparameterize,
+    set_checkpointing,
 )
 from peak_memory import measured_peak, predicted_peak
 from roofline import Ceilings, Work, count_work, measure_ceilings
@@ -151,12 +153,12 @@ def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.
     images, targets = random_batch(group.batch, group.img_size, args.device, args.memory_format)
     rows, steps = {}, {}
     for contender in contenders:
-        if contender.is_reparameterized and group.task == "training":
-            say(f"left out: {contender.label} cannot train")
+        if contender.task not in (None, group.task):
             continue
         row = rows[contender.label] = Row(group, contender, Timing())
         try:
-            step = Step(contender, images, targets, group.task, DTYPES[group.dtype], args.compile_mode)
+            dtype = DTYPES[group.dtype]
+            step = Step(contender, images, targets, group.task, dtype, args.compile_mode, args.freeze)
             row.timing = warm_up(step, args.warmup)
             row.peak_bytes = measured_peak(step)
             steps[contender.label] = step
@@ -198,6 +200,8 @@ def predict(contenders: Sequence[Contender], groups: Sequence[Group], args: argp
             say(f"{group}: {label}")
             try:
                 model = build(contender.model, group.img_size)
+                if contender.is_checkpointed:
+                    set_checkpointing(model, contender.model)
                 peaks[label] = predicted_peak(model, group.batch, group.img_size, dtype, args.memory_format, group.task)
             except Exception as error:  # any model's own; the others go on
                 problems[label] = describe(error)
@@ -216,7 +220,8 @@ def notes(args: argparse.Namespace) -> list[str]:
     said = [
         "Stochastic depth is 0 in every model, and there are 1000 classes. bfloat16 and float16 are autocast over "
         "float32 weights, as in training; float16 trains with a gradient scaler.",
-        f"Memory format {args.memory_format} of images and weights; torch.compile mode {args.compile_mode!r}.",
+        f"Memory format {args.memory_format} of images and weights; torch.compile mode {args.compile_mode!r}"
+        f"{', with frozen weights in inference' if args.freeze else ''}.",
         f"{args.warmup} calls of warm-up after the first, then up to {args.rounds} rounds or {args.seconds:g} seconds, "
         f"at least {FEWEST_ROUNDS} rounds. Medians, with quartiles in brackets; the ratio is taken round by round.",
         "The literal equations do not update BatchNorm's running statistics in training; the others do.",
@@ -260,6 +265,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
     parser.add_argument("--memory-format", choices=MEMORY_FORMATS, default="channels_last")
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="default")
+    parser.add_argument(
+        "--freeze",
+        action=argparse.BooleanOptionalAction,
+        help="compile inference with the weights for constants (default: on the CPU)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
     parser.add_argument("--warmup", type=int, metavar="N", help="calls after the first; default: 1 on CPU, 5 on CUDA")
@@ -296,6 +306,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpa
     args.dtypes = args.dtypes or ["bfloat16" if on_cuda else "float32"]
     args.tasks = args.tasks or (["training"] if args.predict_memory else list(TASKS))
     args.img_sizes = args.img_sizes or (list(growth.SIZES) if args.growth else [224])
+    if args.freeze is None:
+        args.freeze = args.device.type == "cpu"
     if args.warmup is None:
         args.warmup = 5 if args.device.type == "cuda" else 1
     name = "growth" if args.growth else "predicted_memory" if args.predict_memory else "benchmark"
@@ -324,12 +336,16 @@ def runnable(contenders: Sequence[Contender], args: argparse.Namespace) -> list[
     kept = []
     for contender in contenders:
         try:
-            if args.predict_memory and contender.mode != "eager":
-                raise ValueError(f"--predict-memory is of eager models alone; accepted: {contender.model}")
+            if args.predict_memory and (contender.is_compiled or contender.is_reparameterized):
+                raise ValueError(
+                    "--predict-memory is of models as they train, not compiled; accepted: eager, checkpoint"
+                )
+            if contender.task not in (None, *args.tasks):
+                raise ValueError(f"its mode is of {contender.task} alone; accepted: --tasks {contender.task}")
             if contender.is_reparameterized:
-                if "inference" not in args.tasks:
-                    raise ValueError("a reparameterized model cannot train; accepted: --tasks inference")
                 reparameterize(build(contender.model, args.img_sizes[0]), contender.model)
+            if contender.is_checkpointed:
+                set_checkpointing(build(contender.model, args.img_sizes[0]), contender.model)
         except ValueError as error:
             if contender.is_explicit:
                 raise UserError(f"contender {contender.label}: {error}") from error
@@ -421,7 +437,7 @@ def main() -> None:
     grown = runnable(parse_contenders([args.growth], args.modes), args) if args.growth else []
     set_up(args)
     about = machine(args.device)
-    names = ("memory_format", "compile_mode", "warmup", "rounds", "seconds")
+    names = ("memory_format", "compile_mode", "freeze", "warmup", "rounds", "seconds")
     settings = {name: getattr(args, name) for name in names}
     if grown:
         run_growth(args, grown[0], contenders, about, settings)

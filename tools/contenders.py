@@ -22,7 +22,7 @@ from models.strip_mlp import checkpoint_filter_fn
 from utils import UserError
 
 LITERAL = "literal:"
-MODES = ("eager", "compile", "reparameterized", "reparameterized+compile")
+MODES = ("eager", "compile", "reparameterized", "reparameterized+compile", "checkpoint", "checkpoint+compile")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 TASKS = ("inference", "training")
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -56,6 +56,15 @@ class Contender:
     @property
     def is_reparameterized(self) -> bool:
         return self.mode.startswith("reparameterized")
+
+    @property
+    def is_checkpointed(self) -> bool:
+        return self.mode.startswith("checkpoint")
+
+    @property
+    def task(self) -> str | None:
+        """The only one that its mode is of; None for any."""
+        return "inference" if self.is_reparameterized else "training" if self.is_checkpointed else None
 
     @property
     def is_compiled(self) -> bool:
@@ -166,6 +175,18 @@ def reparameterize(model: nn.Module, name: str) -> nn.Module:
     return model.eval().reparameterize() or model
 
 
+def set_checkpointing(model: nn.Module, name: str) -> None:
+    """Has the model keep the input of each block alone for the backward pass.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:  # timm's way of saying so
+        raise ValueError(f"{name} has no activation checkpointing; accepted modes: eager, compile") from error
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     """The same for every contender: one fused kernel, one group of parameters."""
     # A rate at which weights stay what they are: random labels are not to be learnt.
@@ -184,9 +205,10 @@ class Step:
         task: one of `TASKS`.
         dtype: of autocast; float32 for none.
         compile_mode: of torch.compile, where the contender's mode asks for it.
+        freeze: whether compiled inference has its weights for constants: folded, cast and laid out once.
 
     Raises:
-        ValueError: the contender cannot be built, at this size or in its mode.
+        ValueError: the contender cannot be built, at this size or in its mode, or its mode is of the other task.
     """
 
     def __init__(
@@ -197,15 +219,18 @@ class Step:
         task: str = "inference",
         dtype: torch.dtype = torch.float32,
         compile_mode: str = "default",
+        freeze: bool = False,
     ):
         self.contender, self.images, self.targets, self.task = contender, images, targets, task
         self.device = images.device
         self.amp = None if dtype == torch.float32 else dtype
         model = build(contender.model, images.shape[-1])
+        if contender.task not in (None, task):
+            raise ValueError(f"{contender.label} is of {contender.task} alone, not of {task}")
         if contender.is_reparameterized:
-            if task == "training":
-                raise ValueError(f"{contender.label} cannot train; accepted: inference")
             model = reparameterize(model, contender.model)
+        if contender.is_checkpointed:
+            set_checkpointing(model, contender.model)
         is_channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=memory_format).train(task == "training")
@@ -214,8 +239,10 @@ class Step:
         self.forward = self.model
         self.uses_cuda_graphs = contender.is_compiled and compile_mode != "default" and self.device.type == "cuda"
         if contender.is_compiled:
-            mode = None if compile_mode == "default" else compile_mode
-            self.forward = torch.compile(self.model, mode=mode, dynamic=False)
+            options = {} if compile_mode == "default" else dict(torch._inductor.list_mode_options(compile_mode))
+            if freeze and task == "inference":
+                options["freezing"] = True
+            self.forward = torch.compile(self.model, options=options or None, dynamic=False)
 
     def __call__(self) -> Tensor:
         """The logits (N, 1000), or the loss."""

@@ -111,7 +111,8 @@ def measure(
     """Times all cases, (contender, image side), in turn.
 
     Args:
-        settings: dtype, memory_format, compile_mode, warmup, rounds, seconds, as the benchmark's options have them.
+        settings: dtype, memory_format, compile_mode, freeze, warmup, rounds, seconds, as the benchmark's options have
+            them.
 
     Raises:
         UserError: a model does not take an image size.
@@ -130,8 +131,8 @@ def measure(
         points[label] = point
         try:
             images, targets = random_batch(batch, img_size, device, settings["memory_format"])
-            dtype, compile_mode = getattr(torch, settings["dtype"]), settings["compile_mode"]
-            step = Step(contender, images, targets, task, dtype, compile_mode)
+            dtype, how = getattr(torch, settings["dtype"]), (settings["compile_mode"], settings["freeze"])
+            step = Step(contender, images, targets, task, dtype, *how)
             timings[label] = warm_up(step, settings["warmup"])
             point.peak_bytes = measured_peak(step)
             steps[label] = step
