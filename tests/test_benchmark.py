@@ -394,7 +394,7 @@ def test_data_goes_to_the_data_benchmark(monkeypatch):
         (["--contenders", "literal:resnet18"], "accepted: literal:strip_mlp_*"),
         (["--contenders", "resnet18:reparameterized"], "resnet18 has no reparameterize()"),
         (["--contenders", "resnet18:reparameterized", "--tasks", "training"], "accepted: --tasks inference"),
-        (["--contenders", "resnet18:compile", "--predict-memory"], "accepted: resnet18"),
+        (["--contenders", "resnet18:compile", "--predict-memory"], "accepted: eager, checkpoint"),
         (["--contenders", "resnet18", "--modes", "reparameterized"], "no contender is left"),
         (["--rounds", "2"], "--rounds is 2; accepted: 3 or more"),
         (["--batch-sizes", "8", "0"], "--batch-sizes is 0; accepted: 1 or more"),
