@@ -31,8 +31,8 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
     """timm's, with the same draws; resized by PyTorch where that is faster, giving Pillow's result but for rounding
     (on photographs, by at most 2 of 255 levels)."""
 
-    # With AVX2, PyTorch's antialiased resize of uint8 images takes a third of the time of Pillow's; elsewhere it may
-    # take longer. tools/benchmark_data.py measures both.
+    # With AVX2, PyTorch's antialiased resize of uint8 images, to tensor and back, takes half the time of Pillow's;
+    # elsewhere it may take longer. tools/benchmark_data.py measures both.
     by_torch = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
     def __call__(self, image: Image.Image) -> Image.Image:
