@@ -89,9 +89,10 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function(*tensors)`, whose own intermediate results are not kept for the backward pass. Those up to its last
-    product, which need no more than a pass over a map, are computed again there."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler chooses for itself
+    """`function(*tensors)`, of which GPUs do not keep the intermediate results for the backward pass: those up to its
+    last product, which take a pass over a map each, are computed again there. CPUs are shorter of time than of memory,
+    and the compiler chooses for itself."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
