@@ -313,10 +313,10 @@ def evaluate(
 
 def predict(config, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits (N, classes) of a batch that may be the last one and smaller than the others: for a compiled model, which
-    would be compiled anew for it, black images fill it up."""
-    if not config.TRAIN.COMPILE:
+    would be compiled anew for it, it is filled up with zeros."""
+    missing = config.DATA.BATCH_SIZE - len(images)
+    if not config.TRAIN.COMPILE or missing <= 0:
         return model(images)
-    missing = max(0, config.DATA.BATCH_SIZE - len(images))
     return model(F.pad(images, (0, 0) * (images.ndim - 1) + (0, missing)))[: len(images)]
 
 

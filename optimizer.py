@@ -18,9 +18,10 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     """
     keys = config.TRAIN.OPTIMIZER
     groups = param_groups(model, config.TRAIN.WEIGHT_DECAY)
+    fused = keys.FUSED or None  # PyTorch's default; False would have it go through the parameters one by one
     if keys.NAME == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=keys.FUSED)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=keys.FUSED)
+        return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=keys.MOMENTUM, nesterov=keys.MOMENTUM > 0, fused=fused)
     if keys.MOMENTUM:
         # Made at the first step otherwise; the fused kernel leaves it uninitialised if that step is skipped.
         for group in optimizer.param_groups:
@@ -41,10 +42,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         {**group, "params": saved["params"]}
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kept = {}
     for number, values in state["state"].items():
         step = {"step": torch.tensor(float(values["step"]))} if "step" in values else {}
-        kept[number] = step | {name: values[name] for name in MOMENTS[type(optimizer)] if name in values}
+        # In the parameter's own memory format, which the fused kernels take for granted: that of the checkpoint may be
+        # another one.
+        moments = {
+            name: torch.empty_like(parameters[number]).copy_(values[name])
+            for name in MOMENTS[type(optimizer)]
+            if name in values
+        }
+        kept[number] = step | moments
     optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
 

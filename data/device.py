@@ -35,7 +35,7 @@ class BatchTransform:
     its targets, which are soft, (N, classes), with mixup.
 
     What it draws comes of Python's, NumPy's and PyTorch's generators, the device's one included, and nothing of it
-    waits for the device.
+    waits for the device (but for mixup in the modes pair and elem). Images of floating point may be changed in place.
     """
 
     def __init__(self, normalize: Normalize, erasing: RandomErasing | None = None, mixup: Mixup | None = None):

@@ -36,9 +36,17 @@ def prepare_model(config, model: nn.Module, device: torch.device) -> None:
     place: its parameters keep their names."""
     model.to(device)
     if config.TRAIN.CHANNELS_LAST:
-        model.to(memory_format=torch.channels_last)
+        convolutions_to(model, torch.channels_last)
     if config.TRAIN.COMPILE:
         model.compile()
+
+
+def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Has the weights of convolutions in the memory format. Other parameters of four dimensions, such as a strip's, are
+    no images, and a 1 x 1 kernel has the same layout in both formats."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            module.to(memory_format=memory_format)
 
 
 def build_strip_mlp(config) -> StripMLP:

@@ -50,10 +50,15 @@ CGSMM_STRUCTURES = ("cascade", "parallel")
 BRANCHES = ("both", "cgsmm", "lsmm")
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether to compute as is best on GPUs. Both ways give the same on any device."""
+    return x.is_cuda
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """1 x 1 convolution of (N, dim, H, W) with a weight of (out_dim, dim) or (out_dim, dim, 1, 1). In
     `torch.channels_last`, both ways of computing it read and write the maps where they are."""
-    if x.is_cuda:
+    if on_gpu(x):
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     # oneDNN's convolutions use all of an x86 processor; the matrix products of PyTorch's builds are Intel's, which give
     # half the speed on others.
@@ -92,7 +97,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function(*tensors)`, of which GPUs do not keep the intermediate results for the backward pass: those up to its
     last product, which take a pass over a map each, are computed again there. CPUs are shorter of time than of memory,
     and the compiler chooses for itself."""
-    if not tensors[0].is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not on_gpu(tensors[0]) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
@@ -140,10 +145,12 @@ class StripMLPLayer(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = ChannelsLastGradient.apply(x).unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
+        if not torch.compiler.is_compiling():  # which chooses layouts itself
+            x = ChannelsLastGradient.apply(x)
+        x = x.unflatten(1, (self.patch_channels, self.patches))  # (N, q, P, H, W)
         # L is the mixed axis, A the one along which the strips lie side by side.
         x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
-        if x.is_cuda:
+        if on_gpu(x):
             y = recomputed(mix_strips_by_matmul, x, self.weight, self.bias)
         else:
             y = mix_strips_by_conv(x, self.weight, self.bias)
@@ -410,21 +417,30 @@ class ReparameterizedStripMixing(nn.Module):
         return y + self.map_all.to(y.dtype)
 
 
-class SumOfSquares(torch.autograd.Function):
-    """Sum of x * x over the map, whose gradient takes one pass over the map instead of autograd's three.
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of each channel over the map, in at least float32, except that a sum in bfloat16 on the CPU, which is accumulated
+    in float32 too, is rounded once. Shape: (N, dim, H, W) -> (N, dim, 1, 1)."""
+    if x.dtype == torch.float16:
+        x = x.float()  # squares of 256 and more are beyond it
+    squares = (x * x).sum(dim=(2, 3), keepdim=True)
+    return squares.to(torch.promote_types(squares.dtype, torch.float32))
 
-    Shape: (N, dim, H, W) -> (N, dim, 1, 1).
-    """
+
+class SumOfSquares(torch.autograd.Function):
+    """The same with a gradient that takes one pass over the map, the widest of the network, where autograd takes three,
+    and that keeps x alone, whatever its dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return (x * x).sum(dim=(2, 3), keepdim=True)
+        return sum_of_squares(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return x * (2 * gradient)
+        if x.dtype == torch.float16:
+            return (x.float() * (2 * gradient)).half()
+        return x * (2 * gradient).to(x.dtype)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -445,10 +461,8 @@ class GlobalResponseNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dtype == torch.float16:
-            x = x.float()  # squares of 256 and more are beyond it
-        squares = SumOfSquares.apply(x)
-        squares = squares.to(torch.promote_types(squares.dtype, torch.float32))
+        # The compiler fuses the gradient by itself.
+        squares = sum_of_squares(x) if torch.compiler.is_compiling() else SumOfSquares.apply(x)
         # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.
         gx = squares.clamp_min(1e-24).sqrt()
         nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
@@ -456,7 +470,8 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ChannelMlp(nn.Module):
-    """MLP over channels with global response normalisation between its two layers.
+    """MLP over channels with global response normalisation between its two layers. With it, the second layer's weights
+    are used, its `forward` is not.
 
     Args:
         dim: channels C.
@@ -648,8 +663,8 @@ class StripMLP(Backbone):
 
     def reparameterize(self) -> "StripMLP":
         """Folds what can be folded for inference, in place, and switches to evaluation mode: the same outputs up to
-        rounding, faster, but under other names and for no further training. For export too; a copy that leaves this
-        model alone is `timm.utils.reparameterize_model(model)`.
+        rounding, with fewer operations, but under other names and for no further training. For export too. Given a
+        model in evaluation mode, `timm.utils.reparameterize_model(model)` does it to a copy.
 
         Returns:
             The model itself.

@@ -10,7 +10,7 @@ from torch import nn
 
 from config import get_default_config
 from lr_scheduler import build_scheduler, lr_scale
-from models import StripMLP
+from models import StripMLP, prepare_model
 from optimizer import build_optimizer, load_optimizer_state, param_groups
 
 STEPS = 5  # per epoch
@@ -163,6 +163,43 @@ def test_restored_optimizer_has_the_hyper_parameters_of_the_config():
         assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 0.1)
     assert torch.equal(restored.state[model.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
     assert restored.state[model.weight]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("before", [False, True])
+def test_state_of_another_memory_format(name, before):
+    """A run that goes on with other values of TRAIN.CHANNELS_LAST and FUSED takes the steps it would have taken."""
+    torch.manual_seed(0)
+
+    def built(channels_last, fused):
+        torch.manual_seed(0)
+        model = StripMLP(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), patch_channels=2)
+        keys = {"TRAIN__CHANNELS_LAST": channels_last, "TRAIN__OPTIMIZER__FUSED": fused}
+        config = config_with(TRAIN__OPTIMIZER__NAME=name, **keys)
+        prepare_model(config, model, torch.device("cpu"))
+        return model, build_optimizer(config, model, 0.01)
+
+    def step(model, optimizer, number):
+        for i, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(1000 * number + i)
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    model, optimizer = built(before, True)
+    step(model, optimizer, 1)
+    other, restored = built(not before, True)
+    other.load_state_dict(model.state_dict())
+    load_optimizer_state(restored, optimizer.state_dict())
+    reference, plain = built(False, False)
+    for number in 1, 2, 3:
+        step(reference, plain, number)
+        if number > 1:
+            step(other, restored, number)
+    for parameter, expected in zip(other.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+    assert other.merging[0].weight.is_contiguous(memory_format=torch.channels_last) is not before
+    assert other.stages[0][0].token_mixing.cgsmm.strip_h.weight.is_contiguous()
 
 
 # Learning rates

@@ -327,6 +327,53 @@ def test_strips_as_matrix_products(m, dtype):
         assert relative_error(by_matmul, by_conv) < (1e-12 if dtype == torch.float64 else 0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_as_on_gpus(case, checkpointing, monkeypatch):
+    """What GPUs compute, in double precision on the CPU: matrix products, and what is computed again in the backward
+    pass, also inside blocks that are themselves computed again. The BatchNorms' statistics are updated once."""
+    images, labels = case.batch(4)
+    results = []
+    for on_gpu in False, True:
+        monkeypatch.setattr("models.strip_mlp.on_gpu", lambda x, answer=on_gpu: answer)
+        model = case.model().train()
+        model.set_grad_checkpointing(checkpointing and on_gpu)
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        results.append({"loss": loss.detach(), **gradients_of(model), **dict(model.named_buffers())})
+    total = sum(p.grad.norm() ** 2 for p in model.parameters()).sqrt().item()
+    for name, value in results[0].items():
+        torch.testing.assert_close(
+            results[1][name], value, rtol=1e-7, atol=1e-10 * total, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_as_on_gpus_in_half_precision(toy, dtype, monkeypatch):
+    images, labels = toy.batch(8)
+    gradients = []
+    for on_gpu in False, True:
+        monkeypatch.setattr("models.strip_mlp.on_gpu", lambda x, answer=on_gpu: answer)
+        model = toy.model().train()
+        with torch.autocast("cpu", dtype, enabled=on_gpu):
+            loss = F.cross_entropy(model(images).float(), labels)
+        (1024 * loss).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_grn_keeps_one_map():
+    """Whatever the dtype, nothing but the map itself is kept for the gradient of the norms."""
+    for dtype in torch.float32, torch.bfloat16, torch.float16:
+        kept = []
+        x = torch.randn(2, 3, 8, 8).to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            scale, _ = GlobalResponseNorm(3)(x)
+        maps = [t for t in kept if t.numel() >= x.numel()]
+        assert [(t.data_ptr(), t.dtype) for t in maps] == [(x.data_ptr(), dtype)]
+        scale.sum().backward()
+        assert x.grad.dtype == dtype
+
+
 def test_grn_of_a_dead_channel():
     """A channel that is zero everywhere has no gradient, rather than one that is no number; nor does float16 overflow
     where the squares do."""

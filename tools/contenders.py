@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from config import get_default_config
 from engine import autocast
 from models import StripMLP, build_model
+from models.build import convolutions_to
 from models.strip_mlp import checkpoint_filter_fn
 from utils import UserError
 
@@ -233,16 +234,18 @@ class Step:
             set_checkpointing(model, contender.model)
         is_channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=memory_format).train(task == "training")
+        self.model = model.to(self.device).train(task == "training")
+        convolutions_to(model, memory_format)
         self.optimizer = adamw(model) if task == "training" else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
         self.forward = self.model
         self.uses_cuda_graphs = contender.is_compiled and compile_mode != "default" and self.device.type == "cuda"
         if contender.is_compiled:
-            options = {} if compile_mode == "default" else dict(torch._inductor.list_mode_options(compile_mode))
+            mode = None if compile_mode == "default" else compile_mode
+            self.forward = torch.compile(self.model, mode=mode, dynamic=False)
             if freeze and task == "inference":
-                options["freezing"] = True
-            self.forward = torch.compile(self.model, options=options or None, dynamic=False)
+                # Dynamo looks at the setting too, when the first call compiles: an option of torch.compile is not seen.
+                self.forward = torch._inductor.config.patch(freezing=True)(self.forward)
 
     def __call__(self) -> Tensor:
         """The logits (N, 1000), or the loss."""

@@ -1,8 +1,7 @@
 """Peak memory of a step: measured on its device, or computed for a GPU that is not there.
 
-Both count what the step holds at its peak, weights and moments included, and nothing that others hold. Measured on a
-GPU, it has the workspaces of its libraries in it (not those of cuDNN's that live outside PyTorch's allocator); on the
-CPU, all that PyTorch allocates. Computed, it is the tensors alone.
+Both count what the step holds at its peak, weights and moments included, and nothing that others hold. Measured, it is
+what PyTorch's allocator gave out, without what libraries keep from the first call on; computed, the tensors alone.
 """
 
 import heapq
