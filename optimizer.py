@@ -43,17 +43,21 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    adam = isinstance(optimizer, torch.optim.AdamW)
     kept = {}
     for number, values in state["state"].items():
-        step = {"step": torch.tensor(float(values["step"]))} if "step" in values else {}
+        step = {"step": torch.tensor(float(values["step"]))} if adam and "step" in values else {}
         # In the parameter's own memory format, which the fused kernels take for granted: that of the checkpoint may be
         # another one.
         moments = {
             name: torch.empty_like(parameters[number]).copy_(values[name])
             for name in MOMENTS[type(optimizer)]
-            if name in values
+            if values.get(name) is not None
         }
         kept[number] = step | moments
+    if not adam and optimizer.defaults["momentum"]:
+        for number, parameter in enumerate(parameters):  # as `build_optimizer` makes them
+            kept.setdefault(number, {}).setdefault("momentum_buffer", torch.zeros_like(parameter))
     optimizer.load_state_dict({"state": kept, "param_groups": groups})
 
 

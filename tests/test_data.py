@@ -24,7 +24,6 @@ from torchvision import transforms
 import distributed
 from config import ConfigError, get_default_config
 from data import (
-    Normalize,
     build_batch_transform,
     build_eval_loader,
     build_mixup,
@@ -33,6 +32,7 @@ from data import (
     check_num_classes,
 )
 from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
+from data.device import Normalize
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
 from data.transforms import RandomResizedCrop, build_transform
 from distributed import World

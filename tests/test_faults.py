@@ -168,7 +168,7 @@ def test_stopped_in_the_evaluation(undisturbed, tmp_path):
 def test_second_signal_exits_at_once(tmp_path):
     """In a step that takes all the epoch."""
     flags = ("--batch-size", 200, "--accumulation-steps", 8, "--output", tmp_path)
-    run = Run(*PICO, *flags, "--opts", "DATA.NUM_WORKERS", 0)
+    run = Run(*PICO, *flags, "--opts", "DATA.NUM_WORKERS", 0, "DATA.IMG_SIZE", 64)
     run.wait_for("steps per epoch")
     time.sleep(0.3)
     run.kill(signal.SIGTERM)
