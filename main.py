@@ -187,6 +187,9 @@ def fit(
             **no_broadcast,
         )
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        if config.TRAIN.COMPILE:
+            # In the compiler's gradients of 1 x 1 kernels, those of dimensions of one element.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
     # After wrapping, which makes all processes' running statistics rank 0's.
     if content:
