@@ -281,7 +281,8 @@ def test_processes_may_be_fewer_after_a_restart(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("key", ["SAVE_STEPS", "SAVE_MINUTES"])
 def test_checkpoints_inside_an_epoch(key, tmp_path):
-    opts = ("TRAIN.EPOCHS", 1, "SAVE_STEPS", 0, key, 8 if key == "SAVE_STEPS" else 0.002)
+    every = 8 if key == "SAVE_STEPS" else 0.002
+    opts = ("TRAIN.EPOCHS", 1, "SAVE_STEPS", 0, key, every, "DATA.IMG_SIZE", 64)  # slow enough to be looked at
     run = Run(*command(tmp_path, opts=opts))
     last, seen = tmp_path / FOLDER / "last.pth", set()
     while run.running:
