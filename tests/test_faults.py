@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, starved and hung: what is left, and that they end as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
@@ -284,13 +285,16 @@ def test_checkpoints_inside_an_epoch(key, tmp_path):
     every = 8 if key == "SAVE_STEPS" else 0.002
     opts = ("TRAIN.EPOCHS", 1, "SAVE_STEPS", 0, key, every, "DATA.IMG_SIZE", 64)  # slow enough to be looked at
     run = Run(*command(tmp_path, opts=opts))
-    last, seen = tmp_path / FOLDER / "last.pth", set()
+    kept = tmp_path / "kept"
+    kept.mkdir()
     while run.running:
-        if last.exists():
-            progress = read_training_state(last)["progress"]
-            seen.add(progress["step"])
+        for name in ("last.pth", "previous.pth"):
+            path = tmp_path / FOLDER / name
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                os.link(path, kept / f"{path.stat().st_mtime_ns}.pth")
         time.sleep(0.01)
     assert run.wait() == 0
+    seen = {read_training_state(path)["progress"]["step"] for path in kept.iterdir()}
     if key == "SAVE_STEPS":
         assert seen - {0} == {8, 16}
     else:
