@@ -24,7 +24,7 @@ from contenders import (
     set_checkpointing,
 )
 from growth import Counted, Exponent
-from peak_memory import backward, measured_peak, predicted_peak
+from peak_memory import PREDICTS_FROM, backward, measured_peak, predicted_peak
 from timing import Quartiles, Timing, interleave, ratio, rotated
 from torch import nn
 
@@ -32,6 +32,7 @@ from models.strip_mlp import checkpoint_filter_fn
 from utils import run_entry_point
 
 CPU = torch.device("cpu")
+needs_prediction = pytest.mark.skipif(torch.__version__ < PREDICTS_FROM, reason="needs a newer PyTorch")
 PICO = ["strip_mlp_pico", "literal:strip_mlp_pico"]
 QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--device", "cpu"]
 
@@ -137,6 +138,7 @@ def test_order_rotates():
     assert len(timings["a"].seconds) == 7
 
 
+@needs_prediction
 def test_memory_of_training_against_the_literal_equations():
     """At most 0.7 of theirs under bfloat16, as the README says; activation checkpointing takes less than half of that.
     Computed, and so the same on any machine."""
@@ -203,6 +205,7 @@ def test_memory_meter_counts_no_other(monkeypatch):
     assert 4 * 4 * 3 * 32 * 32 * 1000 < measured_peak(step) < other.nbytes
 
 
+@needs_prediction
 def test_predicted_memory():
     def peak(name, batch=8, dtype=torch.bfloat16, task="training"):
         return predicted_peak(build(name, 32), batch, 32, dtype, task=task)
@@ -214,6 +217,7 @@ def test_predicted_memory():
         assert weights < peak(name, task="inference") < training
 
 
+@needs_prediction
 def test_predicted_memory_by_hand():
     class Net(nn.Module):
         def __init__(self):
@@ -230,6 +234,7 @@ def test_predicted_memory_by_hand():
     assert images + maps < training < images + 2.5 * maps  # and the gradient of the map
 
 
+@needs_prediction
 @pytest.mark.parametrize("name", [*PICO, "resnet18", "swin_tiny_patch4_window7_224"])
 def test_backward_from_python(name):
     images, targets = random_batch(2, 32, CPU, "channels_last")
@@ -328,6 +333,7 @@ def test_reparameterized(monkeypatch):
         Step(Contender("net", "reparameterized"), images, targets, "training")
 
 
+@needs_prediction
 def test_prediction_command(monkeypatch, tmp_path, capsys):
     output = tmp_path / "p.json"
     run(

@@ -22,7 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils import UserError
+
 _runs = itertools.count()
+# In older versions (2.11 for one), the graph of a torch.autograd.Function is gone with its result.
+PREDICTS_FROM = (2, 15)
 BLOCK = 512  # bytes to which PyTorch's allocator for CUDA rounds up
 
 
@@ -95,7 +99,14 @@ def predicted_peak(
 
     Args:
         model: of the contender, on the CPU; it is of no use afterwards.
+
+    Raises:
+        UserError: this version of PyTorch is too old.
     """
+    if torch.__version__ < PREDICTS_FROM:
+        raise UserError(
+            f"predicting memory needs PyTorch {'.'.join(map(str, PREDICTS_FROM))}; this is {torch.__version__}"
+        )
     model = model.to(memory_format=MEMORY_FORMATS[memory_format]).train(task == "training")
     autocast = {"device_type": "cuda", "dtype": dtype, "enabled": dtype != torch.float32}
     with _cuda_autocast_taken_for_available(), FakeTensorMode(), _Tracker() as tracker:
