@@ -894,7 +894,7 @@ def test_crop_that_pytorch_resizes_is_pillows_but_for_rounding(monkeypatch, shap
             difference = found - np.asarray(expected(image))
             assert random.random() == following
             assert np.abs(difference).max() <= (2 if resizes else 0)
-            assert abs(difference.mean()) < 0.01
+            assert abs(difference.mean()) < 0.2  # of 255 levels; PyTorch 2.6 rounds bilinear down by 0.1
 
 
 def test_random_interpolation_draws_as_timm_does():
