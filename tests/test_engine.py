@@ -23,12 +23,12 @@ import distributed
 import engine
 import nonfinite
 from config import get_default_config
-from data import build_batch_transform, build_mixup, build_train_loader
+from data import build_batch_transform, build_mixup, build_normalize, build_train_loader
 from data.dataset import Sample
 from data.sources import ArraySource
 from distributed import TIMEOUT, World, close_world, init_world
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
-from models import StripMLP
+from models import StripMLP, prepare_model
 from nonfinite import NonFiniteError, build_scaler
 from optimizer import build_optimizer
 from stopping import Stopped
@@ -535,6 +535,22 @@ def test_momentum_after_a_first_step_that_was_skipped(fused):
 
 
 # A compiled model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_prepared_model(compiled, channels_last):
+    """Under the compiler and in the memory format of the config, with the names that checkpoints have; and so are the
+    images that it is fed."""
+    config = config_with(TRAIN__COMPILE=compiled, TRAIN__CHANNELS_LAST=channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    names = list(model.state_dict())
+    prepare_model(config, model, CPU)
+    assert (model._compiled_call_impl is not None) is compiled
+    assert list(model.state_dict()) == names
+    images = build_normalize(config, CPU)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    for tensor in model[0].weight, images:
+        assert tensor.is_contiguous(memory_format=torch.channels_last) is channels_last
 
 
 def test_compiled_once_for_training_and_once_for_evaluation():

@@ -697,6 +697,16 @@ def test_maps_are_channels_last(toy):
             assert outputs[name].is_contiguous(memory_format=torch.channels_last), name
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_gradient_of_strips_is_channels_last(axis):
+    """Or what comes before would be slow."""
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = StripMLPLayer(8, 4, axis)(x)
+    (gradient,) = torch.autograd.grad((y * y).sum(), x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("call", [StripMLP.reparameterize, reparameterize_model], ids=["method", "timm"])
 @torch.no_grad()
 def test_reparameterize(case, call):
