@@ -428,6 +428,7 @@ def test_retention(undisturbed, image_folder, tmp_path):
 def test_second_run_in_one_folder(undisturbed, tmp_path):
     first = Run(*command(tmp_path))
     first.wait_for("epoch 1/2 step 3")
+    first.kill(signal.SIGSTOP)  # so that it is not over before the others have come
     second = python(*command(tmp_path), ok=False)
     assert f"process {first.process} on {os.uname().nodename} has been training there since" in second.stderr
     assert "another --tag" in second.stderr
