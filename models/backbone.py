@@ -1,29 +1,131 @@
 """What timm and the training scripts expect of a network of four stages, whatever its blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from .activation_checkpoint import checkpoint_blocks
+
+# timm's: how `features_only=True` gets the maps.
+FEATURE_CFG = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
 
 class Backbone(nn.Module):
     """Base of `StripMLP` and `SparseMLP`.
 
-    A subclass sets `img_size` (height, width), `num_classes`, `stages` and `head` (timm's `ClassifierHead`), and
-    defines `forward_features`.
+    A subclass sets `img_size` (height, width), `num_classes`, `feature_info`, `patch_embed`, `stages`, `merging`,
+    `norm` and `head` (timm's `ClassifierHead`), and may define `embed` and `between_stages`.
     """
 
     img_size: tuple[int, int]
     num_classes: int
+    feature_info: list[dict]
+    patch_embed: nn.Module
     stages: nn.ModuleList
+    merging: nn.ModuleList
+    norm: nn.Module
     head: nn.Module
     grad_checkpointing = False
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to the first stage's input, (N, C, H / p, W / p)."""
+        return self.patch_embed(x)
+
+    def between_stages(self, index: int, x: Tensor, carried: list[Tensor]) -> Tensor:
+        """The input of stage `index`, from 1, given the merged output of the one before; the same unless a subclass
+        has connections between stages. `carried` is theirs, to keep what later stages get."""
+        return x
+
+    def forward_stages(self, x: Tensor, last: int | None = None, keep: Collection[int] = ()) -> list[Tensor]:
+        """Images (N, in_chans, H, W) to the maps of the stages `keep`, in order, and of stage `last` (by default the
+        last there is), which comes last: (N, 2^i C, H / 2^i p, W / 2^i p) of stage i from 0."""
+        self.check_size(x)
+        x = self.embed(x)
+        last = len(self.stages) - 1 if last is None else last
+        kept, carried = [], []
+        for index in range(last + 1):
+            if index > 0:
+                x = self.between_stages(index, self.merging[index - 1](x), carried)
+            x = self.run_stage(index, x)
+            if index in keep:
+                kept.append(x)
+        return [*kept, x]
+
     def forward_features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
+        return self.norm(self.forward_stages(x)[-1])
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of some of the stages (timm's convention).
+
+        Args:
+            x: images (N, in_chans, H, W).
+            indices: stages, from 0, negative ones counted from the end; a number n: the last n; None: all.
+            norm: whether that of the last stage is normalised, as `forward_features` does.
+            stop_early: whether to leave out the stages after the last of those.
+            output_fmt: "NCHW", which is all there is.
+            intermediates_only: whether to return no more than the list.
+
+        Returns:
+            The output of `forward_features` (with `stop_early`, of the last stage that was run) and the list of maps
+            (N, 2^i C, H / 2^i p, W / 2^i p).
+
+        Raises:
+            ValueError: another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; accepted: 'NCHW'")
+        take, most = feature_take_indices(len(self.stages), indices)
+        end = len(self.stages) - 1
+        *maps, x = self.forward_stages(x, most if stop_early else end, take)
+        normalized = self.norm(x) if not stop_early or most == end else x
+        if norm and end in take:
+            maps[-1] = normalized
+        return maps if intermediates_only else (normalized, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages after the last of `indices`, and what only they need (timm's convention). In place.
+
+        Returns:
+            The stages that `indices` names, from 0.
+        """
+        take, most = feature_take_indices(len(self.stages), indices)
+        is_cut = most < len(self.stages) - 1
+        self.stages, self.merging = self.stages[: most + 1], self.merging[:most]
+        if prune_norm or is_cut:
+            self.norm = nn.Identity()  # it has the width of the last stage
+        if prune_head or is_cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Which parameters belong together, from the images on: by stage if `coarse`, else by block (timm's convention,
+        for learning rates that decay by layer). What leads from a stage to the next belongs to the one it leaves."""
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+                (r"^merging\.(\d+)", MATCH_PREV_GROUP),
+                # Its last stage's number: shortcuts are as deep as the merging into the stage that they lead to.
+                (r"^shortcut_2to3", (1, *MATCH_PREV_GROUP)),
+                (r"^shortcut_[23]to4", (2, *MATCH_PREV_GROUP)),
+            ],
+            "head": r"^(?:norm|head)\.",
+        }
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The map of `forward_features` to logits (N, num_classes), or to pooled features (N, 8 C)."""

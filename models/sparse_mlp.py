@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .backbone import (
+    FEATURE_CFG,
     Backbone,
     build_stages,
     check_depths,
@@ -162,14 +163,6 @@ class SparseMLP(Backbone):
         self.norm = nn.BatchNorm2d(widths[-1])
         self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
-        self.check_size(x)
-        x = self.run_stage(0, self.patch_embed(x))
-        for i, merging in enumerate(self.merging, start=1):
-            x = self.run_stage(i, merging(x))
-        return self.norm(x)
-
 
 # From the names of the released checkpoints to ours; "proh_w" is theirs. The blocks, which they number through, come
 # with their stage.
@@ -228,7 +221,14 @@ default_cfgs = generate_default_cfgs({f"sparse_mlp_{size}": image_cfg(PAPER) for
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> SparseMLP:
-    return build_model_with_cfg(SparseMLP, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model_with_cfg(
+        SparseMLP,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(FEATURE_CFG),
+        **kwargs,
+    )
 
 
 @register_model

@@ -23,6 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import (
+    FEATURE_CFG,
     Backbone,
     build_stages,
     check_depths,
@@ -640,26 +641,32 @@ class StripMLP(Backbone):
         self.norm = nn.BatchNorm2d(c4)
         self.head = ClassifierHead(c4, num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
-        self.check_size(x)
-        x = self.patch_embed(x).contiguous(memory_format=torch.channels_last)  # as all maps are from here on
-        y1 = self.run_stage(0, x)  # (N, C, H / p, W / p)
-        m2 = self.merging[0](y1)  # (N, 2C, H / 2p, W / 2p)
-        if self.multi_scale_shortcuts:
-            to3 = self.shortcut_2to3(m2)
-            to4 = self.shortcut_2to4(to3)
-        y2 = self.run_stage(1, m2)
-        m3 = self.merging[1](y2)  # (N, 4C, H / 4p, W / 4p)
-        if self.multi_scale_shortcuts:
-            to4 = to4 + self.shortcut_3to4(m3)
-            m3 = m3 + to3
-        y3 = self.run_stage(2, m3)
-        m4 = self.merging[2](y3)  # (N, 8C, H / 8p, W / 8p)
-        if self.multi_scale_shortcuts:
-            m4 = m4 + to4
-        y4 = self.run_stage(3, m4)
-        return self.norm(y4)
+    def embed(self, x: Tensor) -> Tensor:
+        return self.patch_embed(x).contiguous(memory_format=torch.channels_last)  # as all maps are from here on
+
+    def between_stages(self, index: int, x: Tensor, carried: list[Tensor]) -> Tensor:
+        """Adds the shortcuts: `x`, the merged output of stage `index` (the paper counts from 1), to the input of the
+        next. `carried` holds what goes on to the stage after."""
+        if not self.multi_scale_shortcuts:
+            return x
+        if index == 1:  # (N, 2C, H / 2p, W / 2p)
+            if self.shortcut_2to3:
+                carried.append(self.shortcut_2to3(x))
+            return x
+        incoming = carried.pop()
+        if index == 2 and self.shortcut_2to4:  # (N, 4C, H / 4p, W / 4p)
+            carried.append(self.shortcut_2to4(incoming) + self.shortcut_3to4(x))
+        return x + incoming
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.multi_scale_shortcuts and len(self.stages) < 4:
+            self.shortcut_2to4 = self.shortcut_3to4 = None
+            if len(self.stages) < 3:
+                self.shortcut_2to3 = None
+        return take
 
     def reparameterize(self) -> "StripMLP":
         """Folds what can be folded for inference, in place, and switches to evaluation mode: the same outputs up to
@@ -796,7 +803,14 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> StripMLP:
-    return build_model_with_cfg(StripMLP, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model_with_cfg(
+        StripMLP,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(FEATURE_CFG),
+        **kwargs,
+    )
 
 
 @register_model
