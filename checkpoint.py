@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import itertools
+import json
 import os
 import pickle
 import pickletools
@@ -16,11 +17,12 @@ import shutil
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from logging import Logger
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -114,7 +116,7 @@ def _sync(path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, loaded with `weights_only=True`.
+    """The content of a checkpoint, on the CPU: loaded with `weights_only=True`, or a safetensors file.
 
     Raises:
         DamagedCheckpointError: cut off, changed, or no checkpoint at all.
@@ -125,6 +127,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
         _check_archive(path)
         # Swin-style files carry their config as a yacs node: a dict, so it can be read as one.
         with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
@@ -150,6 +154,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
     return content
+
+
+def save_safetensors(weights: Mapping[str, Tensor], path: Path, config: Mapping, classes: Sequence[str]) -> None:
+    """Writes weights as a safetensors file, whose metadata has the config and the names of the classes as JSON.
+
+    Raises:
+        CheckpointError: it cannot be written; what `path` named before is untouched.
+    """
+    metadata = {name: json.dumps(value) for name, value in (("config", config), ("classes", classes)) if value}
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata or None))
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The weights under "model", and of the metadata what `save_safetensors` writes."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    known = {name: json.loads(metadata[name]) for name in ("config", "classes") if name in metadata}
+    return {"model": weights, **known}
 
 
 def _check_archive(path: Path) -> None:
@@ -271,10 +303,15 @@ def _reason(error: Exception) -> str:
     return line if line.isprintable() else ascii(line)
 
 
-def find_weights(content: Mapping, path: str | Path) -> dict[str, Tensor]:
+def find_weights(content: Mapping, path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     """The state dict in a checkpoint: under "model" or "state_dict", or the checkpoint itself; without the prefixes
-    that DistributedDataParallel and torch.compile add."""
-    for key in ("model", "state_dict"):
+    that DistributedDataParallel and torch.compile add.
+
+    Args:
+        ema: whether to take the moving average of the weights ("model_ema", "state_dict_ema") where there is one.
+    """
+    averages = ("model_ema", "state_dict_ema") if ema else ()
+    for key in (*averages, "model", "state_dict"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -302,7 +339,9 @@ def classifier_names(model: nn.Module) -> list[str]:
     return [] if prefix is None else [f"{prefix}.{name}" for name, _ in classifier.named_parameters()]
 
 
-def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_classifier: bool = False) -> list[str]:
+def load_weights(
+    model: nn.Module, content: Mapping, path: str | Path, new_classifier: bool = False, ema: bool = True
+) -> list[str]:
     """Loads the weights of a checkpoint into the model, all of them.
 
     Args:
@@ -310,6 +349,7 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
         content: what `read_checkpoint` gave; released or ours.
         path: for messages.
         new_classifier: a classifier of another size keeps its fresh initialisation.
+        ema: see `find_weights`.
 
     Returns:
         Names of the parameters that were not loaded for that reason.
@@ -317,7 +357,7 @@ def load_weights(model: nn.Module, content: Mapping, path: str | Path, new_class
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
-    weights = find_weights(content, path)
+    weights = find_weights(content, path, ema)
     try:
         weights = convert_weights(weights, model)
     except Exception as error:  # the conversion knows what released files are like

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -288,16 +288,30 @@ def load_config(
     """
     merge = _Merge()
     merge.file(Path(path), including=())
-    if len(opts) % 2:
-        raise ConfigError(f"--opts takes pairs of a key and a value; the last key {_show(opts[-1])} has no value")
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        merge.value(key, value, "--opts")
+    merge.options(opts)
     for key, value, where in overrides:
         merge.value(key, value, where)
     validate(merge.config, merge.origins)
     merge.notes += notes_without_effect(merge.config, merge.origins, inherited=merge.inherited)
     merge.config.freeze()
     return merge.config, merge.notes
+
+
+def config_of(values: Mapping[str, Any], where: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The frozen config of a checkpoint: `values` by dotted key (see `leaves`) over the defaults, `opts` over those.
+    Keys that this version does not have are left out.
+
+    Raises:
+        ConfigError: naming `where`, the key and what is accepted.
+    """
+    merge = _Merge()
+    for key in leaves(_C):
+        if key in values:
+            merge.value(key, values[key], where)
+    merge.options(opts)
+    validate(merge.config, merge.origins)
+    merge.config.freeze()
+    return merge.config
 
 
 class _Merge:
@@ -334,6 +348,13 @@ class _Merge:
         if not including:
             self.inherited = set(self.origins)
         self.tree(tree, (), str(path))
+
+    def options(self, opts: Sequence[str]) -> None:
+        """Merges the pairs of --opts."""
+        if len(opts) % 2:
+            raise ConfigError(f"--opts takes pairs of a key and a value; the last key {_show(opts[-1])} has no value")
+        for key, value in zip(opts[::2], opts[1::2], strict=True):
+            self.value(key, value, "--opts")
 
     def tree(self, tree: dict, prefix: tuple[str, ...], where: str) -> None:
         for name, value in tree.items():

@@ -29,6 +29,7 @@ import stopping
 from checkpoint import CheckpointError, load_pretrained, load_weights, read_training_state
 from config import add_arguments, get_config, leaves, save_config
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
+from data.sources import printable
 from distributed import TIMEOUT, World, close_world, from_main, init_world, lost_processes_named
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
@@ -131,7 +132,7 @@ def fit(
     content, path = find_start(config, folder, world, logger)
     is_own = path is not None and path.parent == folder.path
     if content:
-        load_weights(model, content, path)
+        load_weights(model, content, path, ema=False)
         log_resume(config, content, path, logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger)
@@ -160,7 +161,8 @@ def fit(
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
-    state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp)
+    classes = [printable(name) for name in train_loader.dataset.source.classes]
+    state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp, classes)
     images = len(train_loader.dataset)
     logger.info(
         f"{images} training and {len(eval_loader.dataset)} validation images, "

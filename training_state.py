@@ -42,6 +42,7 @@ class TrainingState:
     Attributes:
         model: not wrapped.
         amp: dtype of mixed precision, None for full precision.
+        classes: their names, for whoever uses the checkpoint without the data.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which}.
@@ -51,6 +52,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     amp: torch.dtype | None = None
+    classes: list[str] = field(default_factory=list)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -92,6 +94,7 @@ class TrainingState:
             },
             "best": dict(self.best),
             "config": leaves(config),
+            "classes": list(self.classes),
             "processes": world.size,
             "images": images,
         }
