@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from logging import Logger
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -326,9 +326,10 @@ def _some(names: Iterable) -> str:
 
 
 def convert_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the model's own names: the `checkpoint_filter_fn` beside the model's class, timm's convention,
-    knows the released ones."""
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    """The weights under the model's own names, for images of whatever size: beside the model's class, `rename_released`
+    knows the released names, or else `checkpoint_filter_fn`, timm's convention, does."""
+    module = sys.modules[type(model).__module__]
+    convert = getattr(module, "rename_released", None) or getattr(module, "checkpoint_filter_fn", None)
     return convert(weights, model) if convert else weights
 
 
@@ -339,10 +340,56 @@ def classifier_names(model: nn.Module) -> list[str]:
     return [] if prefix is None else [f"{prefix}.{name}" for name, _ in classifier.named_parameters()]
 
 
+def count_classes(model: nn.Module, content: Mapping, path: str | Path, ema: bool = True) -> int:
+    """How many classes the classifier in a checkpoint has.
+
+    Args:
+        model: of that kind, with a classifier for any number of classes.
+
+    Raises:
+        CheckpointError: it has no weights, or no classifier.
+    """
+    weights = convert_weights(find_weights(content, path, ema), model)
+    for name in classifier_names(model):
+        if name in weights and weights[name].ndim:
+            return len(weights[name])
+    names = ", ".join(classifier_names(model))
+    raise CheckpointError(f"{path}: has no classifier ({names}), which would say how many classes there are")
+
+
+class Loaded(NamedTuple):
+    """How the weights of a checkpoint came into a model.
+
+    Attributes:
+        fresh: names of the classifier's parameters, if it is a new one.
+        img_size: of the images that the weights were made for, (height, width), if they were resampled.
+    """
+
+    fresh: list[str]
+    img_size: tuple[int, int] | None
+
+    def notes(self, model: nn.Module) -> list[str]:
+        """For the log."""
+        notes = []
+        if self.img_size:
+            sizes = " to ".join(f"{height} x {width}" for height, width in (self.img_size, model.img_size))
+            notes.append(f"what depends on the size of the images is resampled from {sizes} pixels")
+        if self.fresh:
+            classes = model.get_parameter(self.fresh[0]).shape[0]
+            names = ", ".join(self.fresh)
+            notes.append(f"the classifier ({names}) has another size there: a new one for {classes} classes")
+        return notes
+
+
 def load_weights(
-    model: nn.Module, content: Mapping, path: str | Path, new_classifier: bool = False, ema: bool = True
-) -> list[str]:
-    """Loads the weights of a checkpoint into the model, all of them.
+    model: nn.Module,
+    content: Mapping,
+    path: str | Path,
+    new_classifier: bool = False,
+    ema: bool = True,
+    same_size: bool = False,
+) -> Loaded:
+    """Loads the weights of a checkpoint into the model, all of them, resampled if they are for images of another size.
 
     Args:
         model: not wrapped.
@@ -350,16 +397,19 @@ def load_weights(
         path: for messages.
         new_classifier: a classifier of another size keeps its fresh initialisation.
         ema: see `find_weights`.
-
-    Returns:
-        Names of the parameters that were not loaded for that reason.
+        same_size: whether to refuse weights for images of another size.
 
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
     weights = find_weights(content, path, ema)
+    img_size = None
     try:
         weights = convert_weights(weights, model)
+        if hasattr(model, "resample"):
+            size = model.input_size_of(weights)
+            img_size = size if size != model.img_size else None
+            weights = weights if same_size else model.resample(weights)
     except Exception as error:  # the conversion knows what released files are like
         raise CheckpointError(
             f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
@@ -384,6 +434,11 @@ def load_weights(
     unknown = [name for name in weights if name not in expected]
     shapes = [f"{n} {tuple(weights[n].shape)}, not {tuple(expected[n].shape)}" for n in reshaped]
     kinds = [n for n, v in weights.items() if not is_plain(v)]
+    if img_size and same_size:
+        raise CheckpointError(
+            f"{path}: made for images of {img_size[0]} x {img_size[1]} pixels, but DATA.IMG_SIZE is {model.img_size}: "
+            f"a run goes on at its own size; --pretrained {path} with a new --tag starts from its weights"
+        )
     titled = {"missing": missing, "not in the model": unknown, "other shape": shapes, "no plain numbers": kinds}
     problems = [f"{title}: {_shorten(names)}" for title, names in titled.items() if names]
     if problems:
@@ -396,7 +451,7 @@ def load_weights(
     if broken:
         raise CheckpointError(f"{path}: not all of its weights are finite numbers: {_shorten(broken)}")
     model.load_state_dict(weights, strict=not fresh)
-    return fresh
+    return Loaded(fresh, img_size)
 
 
 def is_plain(value: Any) -> bool:
@@ -411,12 +466,11 @@ def _shorten(names: list[str]) -> str:
 
 
 def load_pretrained(model: nn.Module, path: str | Path, logger: Logger) -> None:
-    """Loads weights to fine-tune from (`--pretrained`). A classifier of another size starts anew; the log says so."""
-    fresh = load_weights(model, read_checkpoint(path), path, new_classifier=True)
-    logger.info(f"pretrained weights from {path}")
-    if fresh:
-        classes = model.get_parameter(fresh[0]).shape[0]
-        logger.info(f"the classifier ({', '.join(fresh)}) has another size there: a new one for {classes} classes")
+    """Loads weights to fine-tune from (`--pretrained`). A classifier of another size starts anew, weights for images of
+    another size are resampled; the log says so."""
+    loaded = load_weights(model, read_checkpoint(path), path, new_classifier=True)
+    for line in (f"pretrained weights from {path}", *loaded.notes(model)):
+        logger.info(line)
 
 
 def read_training_state(path: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import yaml
 from yacs.config import CfgNode
 
@@ -33,6 +34,7 @@ _C.DATA.DATASET = "imagenet"
 _C.DATA.DATA_PATH = ""
 # Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
 _C.DATA.BATCH_SIZE = 128
+# Pixels, or [height, width]
 _C.DATA.IMG_SIZE = 224
 # bicubic, bilinear, nearest, or random (training only)
 _C.DATA.INTERPOLATION = "bicubic"
@@ -386,7 +388,10 @@ class _Merge:
             raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(default)}")
         section, _, name = key.rpartition(".")
         node = find(self.config, section.split(".")) if section else self.config
-        node[name] = coerce(value, default, f"{where}: {key}")
+        if key == "DATA.IMG_SIZE":
+            node[name] = coerce_size(value, f"{where}: {key}")
+        else:
+            node[name] = coerce(value, default, f"{where}: {key}")
         self.origins[key] = where
         self.inherited.discard(key)
 
@@ -499,6 +504,22 @@ def coerce(value: Any, default: Any, where: str) -> Any:
     raise ConfigError(f"{where} is {_show(value)}; accepted: {accepted}")
 
 
+def coerce_size(value: Any, where: str) -> int | list[int]:
+    """The size of an image, or ConfigError: pixels, or [height, width]; a square as its one number."""
+    for default in (0, [0]):
+        with contextlib.suppress(ConfigError):
+            size = coerce(value, default, where)
+            if isinstance(size, int) or len(size) == 2:
+                return size if isinstance(size, int) or size[0] != size[1] else size[0]
+    raise ConfigError(f"{where} is {_show(value)}; accepted: a whole number, or two of them, [height, width]")
+
+
+def image_size(config: CfgNode) -> tuple[int, int]:
+    """Height and width of the images that the model is given, in pixels."""
+    size = config.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def _is_count(number: int) -> bool:
     """Whether it has at most 64 bits: larger ones may not even be printed."""
     return not isinstance(number, bool) and -(2**63) <= number < 2**63
@@ -556,7 +577,7 @@ ACCEPTED = {
     "DATA.DATASET": _one_of(*DATASETS),
     "DATA.DATA_PATH": _PATH,
     "DATA.BATCH_SIZE": _at_least(1),
-    "DATA.IMG_SIZE": _at_least(1),
+    "DATA.IMG_SIZE": (lambda value: np.min(value) >= 1, "1 or more, or [height, width]"),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
     "DATA.MAX_UNREADABLE": _within(0, 1),

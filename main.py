@@ -132,7 +132,7 @@ def fit(
     content, path = find_start(config, folder, world, logger)
     is_own = path is not None and path.parent == folder.path
     if content:
-        load_weights(model, content, path, ema=False)
+        load_weights(model, content, path, ema=False, same_size=True)
         log_resume(config, content, path, logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger)

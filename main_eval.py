@@ -77,8 +77,9 @@ def run(
         logger.info(f"throughput {result['images_per_second']:.1f} images/s per process at batch {len(images)}, {amp}")
     else:
         path = find_checkpoint(config, checkpoint)
-        load_weights(model, read_checkpoint(path), path)
-        logger.info(f"weights from {path}")
+        loaded = load_weights(model, read_checkpoint(path), path)
+        for line in (f"weights from {path}", *loaded.notes(model)):
+            logger.info(line)
         prepare_model(config, model, world.device)
         try:
             result = {"checkpoint": str(path), **evaluate(config, model, loader, world, logger)}

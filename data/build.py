@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
+from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
 from data.sources import ArraySource, DataError, FolderSource, Source, ZipSource, printable
 from data.transforms import build_transform
@@ -74,7 +75,7 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
     """
     sharded = config.DATA.CACHE_MODE == "part"
     _fill_cache(config, source, world)
-    dataset = ClassificationDataset(source, build_transform(config, True), config.DATA.IMG_SIZE, config.SEED, True)
+    dataset = ClassificationDataset(source, build_transform(config, True), image_size(config), config.SEED, True)
     sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
     if len(sampler) < config.DATA.BATCH_SIZE:
         raise DataError(
@@ -88,7 +89,7 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
 def build_eval_loader(config, source: Source, world: World) -> DataLoader:
     """Batches of `Sample` that together hold every image exactly once over all processes."""
     _fill_cache(config, source, world)
-    dataset = ClassificationDataset(source, build_transform(config, False), config.DATA.IMG_SIZE)
+    dataset = ClassificationDataset(source, build_transform(config, False), image_size(config))
     return _loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world, drop_last=False)
 
 

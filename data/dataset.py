@@ -24,7 +24,7 @@ MOST_REPLACEMENTS = 32
 class Sample(NamedTuple):
     """One item, and, collated, one batch of them (every field then has a leading dimension N)."""
 
-    image: Tensor  # (3, S, S) uint8, RGB
+    image: Tensor  # (3, H, W) uint8, RGB
     target: int
     index: int  # the sample that was asked for
     readable: bool  # False: the file of `index` could not be read
@@ -43,7 +43,7 @@ class ClassificationDataset(Dataset):
         self,
         source: Source,
         transform: Callable[[Image.Image], Tensor],
-        image_size: int,
+        image_size: tuple[int, int],
         seed: int = 0,
         is_train: bool = False,
     ):
@@ -60,8 +60,8 @@ class ClassificationDataset(Dataset):
         epoch, index = key
         if not self.is_train:
             image = self._load(index)
-            readable, size = image is not None, self.image_size
-            pixels = self.transform(image) if readable else torch.zeros(3, size, size, dtype=torch.uint8)
+            readable = image is not None
+            pixels = self.transform(image) if readable else torch.zeros(3, *self.image_size, dtype=torch.uint8)
             return Sample(pixels, self.source.targets[index], index, readable)
 
         candidates = [(index + i) % len(self) for i in range(min(MOST_REPLACEMENTS, len(self)))]

@@ -1,4 +1,4 @@
-"""Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, S, S) uint8 tensors.
+"""Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, H, W) uint8 tensors.
 `device.py` has what is done to batches of them."""
 
 import random
@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
+from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRatio, str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from config import ConfigError
+from config import ConfigError, image_size
 
 
 def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
@@ -51,10 +51,11 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     """The training transform (random crop, flip, RandAugment or colour jitter) or the evaluation one (resize to
     256 / 224 of the image size, centre crop; by Pillow, as in the released code). Images of at most 32 pixels are
     resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
-    size = config.DATA.IMG_SIZE
-    small = size <= SMALL_IMAGE
+    size = height, width = image_size(config)
+    small = max(size) <= SMALL_IMAGE
     # PIL resizes with one method at a time; "random" is a training option of timm's.
-    whole = str_to_interp_mode("bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION)
+    interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
+    whole = str_to_interp_mode(interpolation)
     if is_train:
         try:
             transform = create_transform(
@@ -74,15 +75,21 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         crop, *others = transform.transforms
         assert isinstance(crop, RandomResizedCropAndInterpolation), "timm's training transform starts with its crop"
         if small:
-            resize = transforms.Resize((size, size), interpolation=whole)
-            return transforms.Compose([resize, transforms.RandomCrop(size, padding=size // 8), *others])
+            resize = transforms.Resize(size, interpolation=whole)
+            shift = transforms.RandomCrop(size, padding=(width // 8, height // 8))
+            return transforms.Compose([resize, shift, *others])
         crop = RandomResizedCrop(crop.size, crop.scale, crop.ratio, config.DATA.INTERPOLATION)
         return transforms.Compose([crop, *others])
 
     if small or not config.TEST.CROP:
-        resize = [transforms.Resize((size, size), interpolation=whole)]
+        resize = [transforms.Resize(size, interpolation=whole)]
     else:
-        resize = [transforms.Resize(int(256 / 224 * size), interpolation=whole), transforms.CenterCrop(size)]
+        cover = int(256 / 224 * height), int(256 / 224 * width)
+        # Of a square, the shorter side of the image is resized to it; of any other, the one that would not cover it.
+        smallest = transforms.Resize(cover[0], interpolation=whole)
+        if height != width:
+            smallest = ResizeKeepRatio(cover, interpolation=interpolation)
+        resize = [smallest, transforms.CenterCrop(size)]
     return transforms.Compose([*resize, transforms.PILToTensor()])
 
 

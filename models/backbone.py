@@ -1,14 +1,76 @@
 """What timm and the training scripts expect of a network of four stages, whatever its blocks."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
 from .activation_checkpoint import checkpoint_blocks
+
+
+def interpolation(source: int, target: int, align_corners: bool = False) -> Tensor:
+    """The matrix (target, source) that resizes a signal of `source` samples to `target`: enlarges it linearly, or finds
+    the smaller one that, enlarged, is nearest to it. So to enlarge and to make small again changes nothing, and a
+    constant stays what it is.
+
+    Args:
+        align_corners: whether the first and the last sample keep their places, as in a table of differences -r to r;
+            else they are pixels, which keep their area.
+    """
+    if target < source:
+        return torch.linalg.pinv(interpolation(target, source, align_corners))
+    identity = torch.eye(source, dtype=torch.float64, device="cpu")
+    return F.interpolate(identity[None], target, mode="linear", align_corners=align_corners)[0].T
+
+
+# What to multiply a parameter with, along one of its dimensions, so that its module does to a map of another size what
+# it did to one of its own, up to the resizing of maps. A weight takes its input from a map that is resized to the size
+# that it was made for; what it gives is resized back.
+RESAMPLING = {
+    "output": interpolation,
+    "input": lambda source, target: interpolation(target, source).T,
+    "offset": partial(interpolation, align_corners=True),
+}
+
+
+@torch.no_grad()
+def resample(value: Tensor, axes: Mapping[int, str], length: int) -> Tensor:
+    """`value` with `length` entries along each of the dimensions `axes`, which says what they stand for: a key of
+    `RESAMPLING`. The tensor itself where it has that length."""
+    resized = value.double()
+    for dim, role in axes.items():
+        matrix = RESAMPLING[role](value.shape[dim], length).to(value.device)
+        resized = torch.tensordot(resized, matrix, dims=([dim], [1])).movedim(-1, dim)
+    return value if resized.shape == value.shape else resized.to(value.dtype).contiguous()
+
+
+class MapSized(nn.Module):
+    """A module whose parameters have the height or the width of the map, in tokens, in their shape.
+
+    Attributes:
+        map_axes: by parameter, the dimensions that depend on the map and what they stand for (see `RESAMPLING`).
+    """
+
+    map_axes: ClassVar[dict[str, dict[int, str]]] = {}
+
+    def map_length(self, size: tuple[int, int]) -> int:
+        """How long those dimensions are for a map of `size`, (H, W)."""
+        raise NotImplementedError
+
+    def set_map_size(self, size: tuple[int, int]) -> None:
+        """Resamples the parameters, in place, for a map of `size`, (H, W)."""
+        for name, axes in self.map_axes.items():
+            parameter = getattr(self, name)
+            value = resample(parameter, axes, self.map_length(size))
+            if value is not parameter:
+                setattr(self, name, nn.Parameter(value, parameter.requires_grad))
+
 
 # timm's: how `features_only=True` gets the maps.
 FEATURE_CFG = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
@@ -30,6 +92,54 @@ class Backbone(nn.Module):
     norm: nn.Module
     head: nn.Module
     grad_checkpointing = False
+
+    def map_sized(self) -> Iterator[tuple[str, MapSized, int]]:
+        """The modules that depend on the size of the images: name, module, pixels per side of its map's tokens."""
+        for index, (stage, info) in enumerate(zip(self.stages, self.feature_info, strict=False)):
+            for name, module in stage.named_modules(prefix=f"stages.{index}"):
+                if isinstance(module, MapSized):
+                    yield name, module, info["reduction"]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Makes the model one for images of another size, in place: what depends on it is resampled.
+
+        The parameters are new ones where that changes them: build optimizers and wrappers afterwards.
+
+        Args:
+            img_size: pixels, or (height, width); multiples of 8 * patch_size.
+
+        Raises:
+            ValueError: a size that is none, naming the nearest that are; a model that was reparameterized.
+        """
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        check_img_size(size, self.feature_info[0]["reduction"])
+        for _, module, reduction in self.map_sized():
+            module.set_map_size((size[0] // reduction, size[1] // reduction))
+        self.img_size = size
+
+    def input_size_of(self, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(height, width) of the images that a state dict of this model was made for; this model's own where nothing
+        in it says so."""
+        size = list(self.img_size)
+        for name, module, reduction in self.map_sized():
+            if isinstance(axis := getattr(module, "axis", None), str):
+                bias = state_dict.get(f"{name}.bias")
+                if bias is not None and bias.ndim:
+                    size[axis == "row"] = bias.shape[-1] * reduction
+        return size[0], size[1]
+
+    def resample(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This model's state dict from that of the same model for images of another size. What does not come out in
+        this model's shapes is left as it is, so that loading reports it."""
+        resampled = dict(state_dict)
+        for name, module, _ in self.map_sized():
+            for parameter, axes in module.map_axes.items():
+                value, shape = resampled.get(f"{name}.{parameter}"), getattr(module, parameter).shape
+                if value is None or value.shape == shape or not value.is_floating_point() or value.ndim != len(shape):
+                    continue
+                if all(n and (dim in axes or n == shape[dim]) for dim, n in enumerate(value.shape)):
+                    resampled[f"{name}.{parameter}"] = resample(value, axes, shape[next(iter(axes))])
+        return resampled
 
     def embed(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to the first stage's input, (N, C, H / p, W / p)."""
@@ -139,7 +249,7 @@ class Backbone(nn.Module):
         if tuple(x.shape[-2:]) != self.img_size:
             raise ValueError(
                 f"input of {tuple(x.shape[-2:])} pixels, but the token mixing weights were made for {self.img_size}: "
-                "resize the images or build the model with this img_size"
+                "resize the images, build the model with this img_size, or call set_input_size"
             )
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import nn
 
+from config import image_size
+
 from .strip_mlp import StripMLP
 
 
@@ -53,7 +55,7 @@ def build_strip_mlp(config) -> StripMLP:
     """`StripMLP` with the arguments of `MODEL.STRIP_MLP`."""
     keys = config.MODEL.STRIP_MLP
     return StripMLP(
-        img_size=config.DATA.IMG_SIZE,
+        img_size=image_size(config),
         patch_size=keys.PATCH_SIZE,
         in_chans=keys.IN_CHANS,
         num_classes=config.MODEL.NUM_CLASSES,
@@ -80,7 +82,7 @@ def build_timm_model(config) -> nn.Module:
         hint = f"nearest names: {', '.join(nearest)}" if nearest else "see timm.list_models()"
         raise ValueError(f"MODEL.NAME is {name!r}, which timm {timm.__version__} does not have; {hint}")
     pretrained_cfg = timm.get_pretrained_cfg(name)
-    sized = {"img_size": config.DATA.IMG_SIZE} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
+    sized = {"img_size": image_size(config)} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
     arguments = {"num_classes": config.MODEL.NUM_CLASSES, **sized}
     try:
         # A rate of 0 too: some models have another default.

@@ -9,6 +9,7 @@ without the multi-scale shortcuts; its tokens interact along their row and their
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .backbone import (
     FEATURE_CFG,
     Backbone,
+    MapSized,
     build_stages,
     check_depths,
     check_img_size,
@@ -30,11 +32,36 @@ from .backbone import (
 __all__ = ["SparseMLP", "SparseMLPBlock", "TokenMixing", "checkpoint_filter_fn"]
 
 
+class TokenLinear(MapSized, nn.Linear):
+    """Linear layer over the tokens of a row or of a column.
+
+    Args:
+        axis: "row" or "column".
+        size: (H, W) of the map.
+
+    Shape: (..., L) -> (..., L), with W for L in a row, H in a column.
+    """
+
+    map_axes: ClassVar = {"weight": {0: "output", 1: "input"}, "bias": {0: "output"}}
+
+    def __init__(self, axis: str, size: tuple[int, int]):
+        self.axis = axis
+        length = self.map_length(size)
+        super().__init__(length, length)
+
+    def map_length(self, size: tuple[int, int]) -> int:
+        return size[1] if self.axis == "row" else size[0]
+
+    def set_map_size(self, size: tuple[int, int]) -> None:
+        super().set_map_size(size)
+        self.in_features = self.out_features = self.map_length(size)
+
+
 class TokenMixing(nn.Module):
     """Token mixing (paper section 3.2, "sMLP block"), after a depthwise convolution:
 
         y = GELU(BN(DWConv3x3(GELU(BN(x)))))
-        out = fuse([y, mix_w(y), mix_h(y)])
+        out = proj([y, mix_w(y), mix_h(y)])
 
     where mix_w is a linear layer over each row and mix_h one over each column.
 
@@ -47,20 +74,20 @@ class TokenMixing(nn.Module):
 
     def __init__(self, dim: int, size: tuple[int, int]):
         super().__init__()
-        height, width = size
         self.norm1 = nn.BatchNorm2d(dim)
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
         self.norm2 = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
-        self.mix_w = nn.Linear(width, width)
-        self.mix_h = nn.Linear(height, height)
-        self.fuse = nn.Conv2d(3 * dim, dim, kernel_size=1, bias=False)
+        self.mix_w = TokenLinear("row", size)
+        self.mix_h = TokenLinear("column", size)
+        # Not "fuse", the paper's word, which timm's reparameterize_model takes for a method.
+        self.proj = nn.Conv2d(3 * dim, dim, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.act(self.norm1(x)))
         x = self.act(self.norm2(x))
         columns = self.mix_h(x.transpose(2, 3)).transpose(2, 3)
-        return self.fuse(torch.cat([x, self.mix_w(x), columns], dim=1))
+        return self.proj(torch.cat([x, self.mix_w(x), columns], dim=1))
 
 
 class ChannelMixing(nn.Module):
@@ -176,7 +203,7 @@ RELEASED_NAMES = (
     (r"token_mix\.1\.BN\.", "token_mixing.norm2."),
     (r"token_mix\.1\.proj_h\.", "token_mixing.mix_w."),
     (r"token_mix\.1\.proh_w\.", "token_mixing.mix_h."),
-    (r"token_mix\.1\.fuse\.", "token_mixing.fuse."),
+    (r"token_mix\.1\.fuse\.", "token_mixing.proj."),
     (r"channel_mix\.1\.", "channel_mixing.norm."),
     (r"channel_mix\.2\.net\.0\.", "channel_mixing.mlp.fc1."),
     (r"channel_mix\.2\.net\.3\.", "channel_mixing.mlp.fc2."),
@@ -184,17 +211,26 @@ RELEASED_NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: SparseMLP) -> dict[str, Tensor]:
-    """Our state dict for `model` from a released checkpoint's or from our own (timm's convention).
+    """Our state dict for `model` from a released checkpoint's or from our own, of a model for images of whatever size
+    (timm's convention).
 
     Args:
         state_dict: a state dict, bare or under "model"; keys may carry the prefix "module." that
             DistributedDataParallel adds. Keys it does not know are kept, so that loading reports them.
-        model: the `SparseMLP` to load into; its depths say which stage a block of the released model belongs to.
+        model: the `SparseMLP` to load into; its depths say which stage a block of the released model belongs to, and
+            its image size what the mixing weights are resampled to.
 
     Returns:
         Names and shapes as `SparseMLP.state_dict` has them. Released mixing weights (L, L, 1, 1) become (L, L).
     """
+    return model.resample(rename_released(state_dict, model))
+
+
+def rename_released(state_dict: Mapping, model: SparseMLP) -> dict[str, Tensor]:
+    """A released checkpoint's state dict under our names and in our shapes, for images of whatever size."""
     state_dict = plain_weights(state_dict)
+    # As our own files named it at first.
+    state_dict = {name.replace("token_mixing.fuse.", "token_mixing.proj."): v for name, v in state_dict.items()}
     if "to_patch_embedding.0.0.weight" not in state_dict:
         return state_dict
     blocks = [f"stages.{stage}.{block}" for stage, blocks in enumerate(model.stages) for block in range(len(blocks))]

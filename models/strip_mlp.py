@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from .backbone import (
     FEATURE_CFG,
     Backbone,
+    MapSized,
     build_stages,
     check_depths,
     check_img_size,
@@ -103,7 +105,7 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-class StripMLPLayer(nn.Module):
+class StripMLPLayer(MapSized):
     """Strip MLP layer along one axis: tokens interact with all tokens of their row (or column) and of the
     neighbouring rows (columns) inside a strip (the paper's "Strip MLP layer", with the patches of CGSMM).
 
@@ -123,6 +125,9 @@ class StripMLPLayer(nn.Module):
 
     Shape: (N, C', H, W) -> (N, C', H, W).
     """
+
+    # Neighbouring rows (columns) stay the neighbouring ones: the strip width is counted in tokens at any size.
+    map_axes: ClassVar = {"weight": {1: "output", 2: "input"}, "bias": {1: "output"}}
 
     def __init__(self, dim: int, length: int, axis: str, patch_channels: int = 2, strip_width: int = 3):
         super().__init__()
@@ -144,6 +149,9 @@ class StripMLPLayer(nn.Module):
         bound = 1 / math.sqrt(length * strip_width)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
+
+    def map_length(self, size: tuple[int, int]) -> int:
+        return size[1] if self.axis == "row" else size[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():  # which chooses layouts itself
@@ -198,24 +206,40 @@ def mix_strips_by_matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y.unflatten(2, x.shape[2:]).permute(2, 0, 1, 3, 4)  # (N, P, L, q, A)
 
 
-class RelativePosition(nn.Module):
+class RelativePosition(MapSized):
     """Adds a relative position table: position (i, j) of the map gets the table's row (j - i), in each channel its own.
 
     Args:
         dim: channels C'.
         size: (H, W) of the map.
-        radius: largest difference in the table, which has 2 * radius + 1 rows; differences beyond it are clipped
-            to it (this happens only on maps that are not square).
+        radius: "height" or "width", the largest difference r in the table, which has 2 r + 1 rows; differences beyond
+            it are clipped to it (this happens only on maps that are not square).
 
     Shape: (N, C', H, W) -> (N, C', H, W).
     """
 
-    def __init__(self, dim: int, size: tuple[int, int], radius: int):
+    map_axes: ClassVar = {"table": {0: "offset"}}
+
+    def __init__(self, dim: int, size: tuple[int, int], radius: str):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(2 * radius + 1, dim))
+        check_choice("radius", radius, ("height", "width"))
+        self.radius = radius
+        self.table = nn.Parameter(torch.empty(self.map_length(size), dim))
         trunc_normal_(self.table, std=0.02)
-        difference = torch.arange(size[1])[None, :] - torch.arange(size[0])[:, None]  # (H, W), j - i
-        self.register_buffer("index", difference.clamp(-radius, radius) + radius, persistent=False)
+        self.register_buffer("index", self.table_index(size), persistent=False)
+
+    def map_length(self, size: tuple[int, int]) -> int:
+        return 2 * size[("height", "width").index(self.radius)] + 1
+
+    def table_index(self, size: tuple[int, int]) -> Tensor:
+        """Which row of the table each position of the map gets, (H, W)."""
+        radius = self.map_length(size) // 2
+        difference = torch.arange(size[1])[None, :] - torch.arange(size[0])[:, None]  # j - i
+        return difference.clamp(-radius, radius) + radius
+
+    def set_map_size(self, size: tuple[int, int]) -> None:
+        super().set_map_size(size)
+        self.index = self.table_index(size).to(self.table.device)
 
     def forward(self, x: Tensor) -> Tensor:
         position = F.embedding(self.index, self.table).permute(2, 0, 1)  # (H, W, C') -> (C', H, W)
@@ -260,15 +284,19 @@ class CGSMM(nn.Module):
         check_choice("structure", structure, CGSMM_STRUCTURES)
         height, width = size
         self.structure = structure
-        self.size = size
-        self.pos_h = RelativePosition(dim, size, radius=height) if position_tables else nn.Identity()
+        self.pos_h = RelativePosition(dim, size, radius="height") if position_tables else nn.Identity()
         self.strip_h = StripMLPLayer(dim, width, "row", patch_channels, strip_width)
         self.fuse_h = PointwiseConv(2 * dim, dim, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
-        self.pos_w = RelativePosition(dim, size, radius=width) if position_tables else nn.Identity()
+        self.pos_w = RelativePosition(dim, size, radius="width") if position_tables else nn.Identity()
         self.strip_w = StripMLPLayer(dim, height, "column", patch_channels, strip_width)
         self.fuse_w = PointwiseConv(2 * dim, dim, bias=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the map."""
+        return self.strip_w.bias.shape[1], self.strip_h.bias.shape[1]
 
     def forward(self, u: Tensor) -> Tensor:
         rows = self.strip_h(self.pos_h(u))
@@ -361,7 +389,7 @@ class StripMixingBlock(nn.Module):
         return ReparameterizedStripMixing(self)
 
 
-class ReparameterizedStripMixing(nn.Module):
+class ReparameterizedStripMixing(MapSized):
     """A `StripMixingBlock` in evaluation mode, with what is linear and follows another linear map folded into it:
 
     - both BatchNorms that follow a convolution;
@@ -405,6 +433,9 @@ class ReparameterizedStripMixing(nn.Module):
         self.strip_h, self.strip_w = cgsmm.strip_h, cgsmm.strip_w
         nn.init.zeros_(self.strip_h.bias)
         nn.init.zeros_(self.strip_w.bias)
+
+    def set_map_size(self, size: tuple[int, int]) -> None:
+        raise ValueError("the model was reparameterized, which is for one size; set_input_size comes before that")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(self.act(self.norm(x)))
@@ -756,17 +787,23 @@ RELEASED_NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
-    """Our state dict for `model` from a released checkpoint's or from our own (timm's convention).
+    """Our state dict for `model` from a released checkpoint's or from our own, of a model for images of whatever size
+    (timm's convention).
 
     Args:
         state_dict: a state dict, bare or under "model"; keys may carry the prefix "module." that
             DistributedDataParallel adds. Keys it does not know are kept, so that loading reports them.
-        model: the `StripMLP` to load into (unused but for timm's signature: names and shapes tell everything).
+        model: the `StripMLP` to load into; strip weights and position tables are resampled to its image size.
 
     Returns:
         Names and shapes as `StripMLP.state_dict` has them. A released strip weight (P * L, L, 1, m) becomes
         (P, L, L, m), its bias (P * L) becomes (P, L), GRN's (1, 1, 1, C) becomes (C).
     """
+    return model.resample(rename_released(state_dict, model))
+
+
+def rename_released(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
+    """A released checkpoint's state dict under our names and in our shapes, for images of whatever size."""
     state_dict = plain_weights(state_dict)
     if "merging1.weight" not in state_dict:
         return state_dict

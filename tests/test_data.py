@@ -22,7 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
 import distributed
-from config import ConfigError, get_default_config
+from config import ConfigError, get_default_config, image_size
 from data import (
     build_batch_transform,
     build_eval_loader,
@@ -102,7 +102,7 @@ def array_source(count: int, size: int = 40, classes: int = 3) -> ArraySource:
 
 def dataset(source, is_train: bool, seed: int = 0, **values) -> ClassificationDataset:
     config = config_with(**{"DATA__IMG_SIZE": 32, **values})
-    return ClassificationDataset(source, build_transform(config, is_train), config.DATA.IMG_SIZE, seed, is_train)
+    return ClassificationDataset(source, build_transform(config, is_train), image_size(config), seed, is_train)
 
 
 def assert_same(sample, other) -> None:
@@ -632,7 +632,7 @@ def test_generators_are_put_back_after_a_transform_that_fails():
         random.random(), np.random.rand(), torch.rand(1)
         raise RuntimeError
 
-    data = ClassificationDataset(array_source(4), fail, 32, is_train=True)
+    data = ClassificationDataset(array_source(4), fail, (32, 32), is_train=True)
     before = generator_states()
     with pytest.raises(RuntimeError):
         data[0, 1]

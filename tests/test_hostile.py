@@ -1599,7 +1599,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
     assert len(source) == 7
     config = get_default_config()
     config.DATA.IMG_SIZE = 32
-    dataset = ClassificationDataset(source, build_transform(config, False), 32)
+    dataset = ClassificationDataset(source, build_transform(config, False), (32, 32))
     with little(5, megabytes=100):
         assert [dataset[0, index].readable for index in range(len(source))] == [True] + 6 * [False]
         source.cache(range(len(source)))

@@ -31,13 +31,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
 from complexity import Count, without_data
 from matplotlib.figure import Figure
 from tables import as_csv, markdown
 
-from config import ConfigError, get_default_config, leaves, load_config, read_yaml
+from config import ConfigError, get_default_config, image_size, leaves, load_config, read_yaml
 from models import build_model
 from run_folder import run_path
 from stopping import EXIT_STATUS
@@ -225,8 +226,7 @@ def behaviour(config: Any) -> list[torch.Tensor]:
         model = build_model(without_data(config))
         for parameter in model.parameters():  # of which some start at zero, and hide what they multiply
             parameter.add_(0.02 * torch.randn_like(parameter))
-        size = config.DATA.IMG_SIZE
-        images = torch.randn(2, 3, size, size)
+        images = torch.randn(2, 3, *image_size(config))
         outputs = [model.train()(images), model.eval()(images)]
     return [*outputs, torch.cat([parameter.flatten() for parameter in model.parameters()])]
 
@@ -516,8 +516,9 @@ def conditions(settings: Sequence[Setting]) -> list[str]:
     for base in bases:
         if base.values:
             v = base.values
+            height, width = np.broadcast_to(v["DATA.IMG_SIZE"], 2)
             lines.append(
-                f"{base.path}: {v['DATA.DATASET']}, {v['DATA.IMG_SIZE']} x {v['DATA.IMG_SIZE']} pixels, "
+                f"{base.path}: {v['DATA.DATASET']}, {height} x {width} pixels, "
                 f"{v['TRAIN.EPOCHS']} epochs, batch size {v['DATA.BATCH_SIZE']}"
             )
     return lines

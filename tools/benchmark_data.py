@@ -53,7 +53,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from config import ConfigError, load_config
+from config import ConfigError, image_size, load_config
 from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import IMAGE_FORMATS, FolderSource, Source
@@ -574,7 +574,7 @@ def read_config(args: argparse.Namespace):
     config, notes = load_config(args.cfg, args.opts, overrides)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if config.DATA.IMG_SIZE <= SMALL_IMAGE:
+    if max(image_size(config)) <= SMALL_IMAGE:
         raise ConfigError(
             f"{args.cfg}: DATA.IMG_SIZE is {config.DATA.IMG_SIZE}, at which images are not cropped; accepted here: "
             f"more than {SMALL_IMAGE}"

@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from config import load_config
+from config import image_size, load_config
 from models import build_model
 from utils import UserError, run_entry_point
 
@@ -187,7 +187,7 @@ def model_complexity(config) -> Complexity:
     """
     config = without_data(config)
     try:
-        return Complexity(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+        return Complexity(build_model(config), image_size(config))
     except Exception as error:  # any timm model's own, for sizes that it does not take
         raise ValueError(f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} pixels: {error}") from error
 
@@ -295,12 +295,12 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"the model of the config cannot be built: {error}") from error
     total = complexity.of()
-    batch = config.DATA.BATCH_SIZE
+    batch, (height, width) = config.DATA.BATCH_SIZE, image_size(config)
     print(report(complexity), end="")
     # Weights, gradients and AdamW's two moments, and what the forward pass keeps.
     training = 4 * total.weight_bytes + batch * total.saved_bytes
     print(
-        f"\nper {config.DATA.IMG_SIZE} x {config.DATA.IMG_SIZE} image, float32; training with AdamW at batch {batch} "
+        f"\nper {height} x {width} image, float32; training with AdamW at batch {batch} "
         f"holds at least {training / 2**30:.2f} GiB (weights, gradients, moments, what is kept for the backward pass)"
     )
     if args.csv:
