@@ -38,6 +38,10 @@ _C.DATA.BATCH_SIZE = 128
 _C.DATA.IMG_SIZE = 224
 # bicubic, bilinear, nearest, or random (training only)
 _C.DATA.INTERPOLATION = "bicubic"
+# Classes to take from the data: all, names separated by commas, or a .txt file with a name per line
+_C.DATA.CLASSES = "all"
+# Training images to take of each class, drawn with SEED; 0: all
+_C.DATA.IMAGES_PER_CLASS = 0
 # Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
 _C.DATA.ZIP_MODE = False
 # Keep files in memory: no; full (every process all of them); part (every process its share, and it trains on that
@@ -127,6 +131,17 @@ _C.TRAIN.LR_SCHEDULER.NAME = "cosine"
 # step only: every DECAY_EPOCHS after the warm-up, times DECAY_RATE
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+
+# Fine-tuning: each layer's learning rate is this times the one of the layer after it (timm's groups of parameters:
+# patch embedding, blocks, classifier); 1: all the same
+_C.TRAIN.LAYER_DECAY = 1.0
+# What is not trained: none; backbone: all but the classifier, a linear probe; or names of modules, separated by commas,
+# such as patch_embed,stages.0,merging.0
+_C.TRAIN.FREEZE = "none"
+# Decay per step of an exponential moving average of the weights, such as 0.9999, less in the first steps (timm's
+# warm-up); 0: none. Where there is one, it is what is evaluated, with the weights beside it, and what checkpoints are
+# used for.
+_C.TRAIN.EMA_DECAY = 0.0
 
 _C.TRAIN.OPTIMIZER = CfgNode()
 # adamw or sgd
@@ -578,6 +593,8 @@ ACCEPTED = {
     "DATA.DATA_PATH": _PATH,
     "DATA.BATCH_SIZE": _at_least(1),
     "DATA.IMG_SIZE": (lambda value: np.min(value) >= 1, "1 or more, or [height, width]"),
+    "DATA.CLASSES": (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"),
+    "DATA.IMAGES_PER_CLASS": _at_least(0),
     "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
     "DATA.CACHE_MODE": _one_of("no", "full", "part"),
     "DATA.MAX_UNREADABLE": _within(0, 1),
@@ -611,6 +628,8 @@ ACCEPTED = {
     "TRAIN.CLIP_GRAD": _at_least(0),
     "TRAIN.MAX_SKIPPED_STEPS": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
+    "TRAIN.LAYER_DECAY": (lambda value: 0 < value <= 1, "more than 0, to 1"),
+    "TRAIN.EMA_DECAY": (lambda value: 0 <= value < 1, "0 to less than 1"),
     "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _at_least(1),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": _POSITIVE,

@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from data import Sample, build_batch_transform, build_normalize
 from distributed import World, all_reduce_sum, sum_on_host
+from models import train_mode
 from nonfinite import FiniteGuard, Statistics, Step, clip_gradients, poison, update_scaler
+from optimizer import learning_rate
 from stopping import Stopped, StopRequest
 from training_state import TrainingState
 from utils import UserError, seed_all
@@ -113,7 +115,7 @@ def train_one_epoch(
         LoadingFailed: likewise.
         NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
     """
-    model.train()
+    train_mode(model)
     optimizer, scaler, progress, epoch = state.optimizer, state.scaler, state.progress, state.epoch
     # Mixup's soft targets are smoothed already.
     criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING)
@@ -188,7 +190,7 @@ def train_one_epoch(
             continue
 
         scheduler.step_update(epoch * steps + step)
-        lr = optimizer.param_groups[0]["lr"]
+        lr = learning_rate(optimizer)
         grad_norm = clip_gradients(parameters, config.TRAIN.CLIP_GRAD, scaler)
         scaler.unscale_(optimizer)
         scaler.step(optimizer)  # not if a gradient is not finite
@@ -197,6 +199,8 @@ def train_one_epoch(
 
         finite = grad_norm.isfinite()
         statistics.keep_if(finite)
+        if state.ema:
+            state.ema.update(state.model, epoch * steps + step + 1)
         sums = torch.stack([torch.stack(losses).double().sum(), torch.full_like(progress.losses[1], passes)])
         progress.losses = progress.losses + sums.masked_fill(~finite, 0)
         progress.step, progress.unreadable = step + 1, unreadable.count
@@ -227,7 +231,7 @@ def train_one_epoch(
     total, passes = all_reduce_sum(progress.losses.clone(), world).tolist()
     return {
         "train_loss": total / passes if passes else math.nan,
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": learning_rate(optimizer),
         "images_per_second": len(loader) * config.DATA.BATCH_SIZE * world.size / progress.seconds,
         "data_wait": waited / seconds,
         "memory_mb": peak_memory_mb(world.device),
@@ -246,13 +250,14 @@ def evaluate(
     logger: Logger,
     control: Control | None = None,
     epoch: int = 0,
+    turn: int = 0,
 ) -> dict[str, float]:
     """Accuracy and loss over the images of all processes, each counted once.
 
     Args:
         model: not wrapped: processes may have different numbers of batches, so nothing in it may wait for the others.
         control: none for an evaluation that nothing interrupts.
-        epoch: of training, from 0, for the watchdog.
+        epoch, turn: of training, from 0, and of the evaluations after it, for the watchdog.
 
     Returns:
         top1 and top5 in percent (an unreadable image counts as wrong), val_loss (mean cross-entropy of the readable
@@ -271,7 +276,7 @@ def evaluate(
     failure = None
     batches = iterate(loader, "evaluation", world)
     for i in range(len(loader)):
-        control.watchdog.at(epoch, 1, i, doing=f"evaluation batch {i + 1}")
+        control.watchdog.at(epoch, 1, turn, 0, i, doing=f"evaluation batch {i + 1}")
         batch, failure = next_batch(batches)
         if failure is not None or control.request.signal is not None:
             break
@@ -289,7 +294,7 @@ def evaluate(
         losses = losses.masked_fill(~readable, 0)
         batch_totals = (torch.ones_like(losses), readable, losses, hits[:, 0], hits.any(dim=1))
         totals += torch.stack([values.double().sum() for values in batch_totals])
-    control.watchdog.at(epoch, 2, doing="waiting for the other processes after the evaluation")
+    control.watchdog.at(epoch, 1, turn, 1, doing="waiting for the other processes after the evaluation")
     stop, failures, unreadable_files = sum_on_host(
         [control.request.signal is not None, failure is not None, unreadable.count], world
     )

@@ -19,7 +19,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.utils import distribute_bn
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ from distributed import TIMEOUT, World, close_world, from_main, init_world, lost
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
-from models import build_model, prepare_model
+from models import build_model, freeze, prepare_model
 from nonfinite import build_scaler
 from optimizer import build_optimizer
 from run_folder import RunFolder, open_run_folder
@@ -94,6 +94,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     seed_all(config.SEED)
     try:
         model = build_model(config)
+        freeze(model, config.TRAIN.FREEZE)
     except ValueError as error:
         raise UserError(f"the model of the config cannot be built: {error}") from error
     if config.TRAIN.SYNC_BN and world.distributed:
@@ -156,13 +157,18 @@ def fit(
     # -----------------------------------------------------------------------------------------------------------------
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     prepare_model(config, model, world.device)
+    ema = None
+    if config.TRAIN.EMA_DECAY:
+        ema = ModelEmaV3(model, config.TRAIN.EMA_DECAY, use_warmup=True)
+        if config.TRAIN.COMPILE:
+            ema.module.compile()
     scale = lr_scale(config, world.size)
     optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR * scale)
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
     classes = [printable(name) for name in train_loader.dataset.source.classes]
-    state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp, classes)
+    state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp, classes, ema)
     images = len(train_loader.dataset)
     logger.info(
         f"{images} training and {len(eval_loader.dataset)} validation images, "
@@ -228,9 +234,13 @@ def fit(
                     config, state, wrapped, train_loader, scheduler, mixup, world, logger, control
                 )
                 if world.distributed and not state.progress.trained:
-                    distribute_bn(model, world.size, reduce=True)
+                    for trained in (model, *([ema.module] if ema else [])):
+                        distribute_bn(trained, world.size, reduce=True)
                 state.progress.trained = True
                 metrics |= evaluate(config, model, eval_loader, world, logger, control, state.epoch)
+                if ema:
+                    metrics |= {f"{name}_raw": metrics[name] for name in ("top1", "top5", "val_loss")}
+                    metrics |= evaluate(config, ema.module, eval_loader, world, logger, control, state.epoch, turn=1)
             except (Stopped, LoadingFailed) as reason:
                 watchdog.at(state.epoch, 3, doing="writing the last checkpoint")
                 request.saving = True
@@ -293,8 +303,10 @@ def log_start(config, notes: list[str], model: nn.Module, world: World, logger: 
         logger.warning(note, extra=ALL_RANKS)
     logger.info(f"config:\n{config.dump()}")
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f", of which {trained:,} are trained" if trained < parameters else ""
     logger.info(
-        f"{config.MODEL.NAME}: {parameters:,} parameters; torch {torch.__version__}, timm {timm.__version__}, "
+        f"{config.MODEL.NAME}: {parameters:,} parameters{frozen}; torch {torch.__version__}, timm {timm.__version__}, "
         f"{world.size} x {torch.cuda.get_device_name() if world.device.type == 'cuda' else 'cpu'}"
     )
 
@@ -323,8 +335,9 @@ def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> N
 
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:
     """An epoch's results, and what was not as it should be."""
+    raw = f" (moving average; the weights themselves: {metrics['top1_raw']:.3f} %)" if "top1_raw" in metrics else ""
     logger.info(
-        f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}; "
+        f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {main_eval.describe(metrics)}{raw}; "
         f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); trained at "
         f"{metrics['images_per_second']:.0f} images/s, {100 * metrics['data_wait']:.0f} % of the time waiting for data"
     )

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 
 from checkpoint import LARGEST, is_plain
+from utils import UserError
 
 # By optimizer: what it remembers of every parameter, in the parameter's shape.
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
@@ -17,7 +19,7 @@ def build_optimizer(config, model: nn.Module, lr: float) -> torch.optim.Optimize
     Build it on the model before DistributedDataParallel wraps it: names decide about weight decay.
     """
     keys = config.TRAIN.OPTIMIZER
-    groups = param_groups(model, config.TRAIN.WEIGHT_DECAY)
+    groups = param_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
     fused = keys.FUSED or None  # PyTorch's default; False would have it go through the parameters one by one
     if keys.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=tuple(keys.BETAS), eps=keys.EPS, fused=fused)
@@ -108,18 +110,45 @@ def _is_moment(value: Any, parameter: torch.Tensor) -> bool:
     return not shared and all(bool(x.isfinite().all()) for x in (value, value.to(parameter.dtype)))
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters with weight decay, then those without.
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Trainable parameters with weight decay, then those without; with `layer_decay` such a pair per layer, from the
+    first, as far as there are any.
 
     Without: vectors, biases, and what the model's `no_weight_decay()` names (timm's convention). A model may name
     vectors that are decayed all the same in `weight_decay_vectors()`.
+
+    Args:
+        layer_decay: the learning rate of a layer as a part of the next one's; the last, the classifier, has the whole.
+            Groups then have an "lr_scale", which timm's schedulers multiply with (BEiT, section 3.1). The layers are
+            those of the model's `group_matcher()` (timm's convention).
+
+    Raises:
+        UserError: the model does not say what its layers are.
     """
     exempt = getattr(model, "no_weight_decay", set)()
     decayed_vectors = getattr(model, "weight_decay_vectors", set)()
-    decay, no_decay = [], []
+    layers: dict[str, int] = {}
+    if layer_decay < 1:
+        if not hasattr(model, "group_matcher"):
+            raise UserError(
+                f"TRAIN.LAYER_DECAY is {layer_decay:g}, but {type(model).__name__} does not say what its layers are; "
+                "accepted: 1"
+            )
+        layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values(), default=0)
+    groups = [
+        {"params": [], "weight_decay": decay} | ({"lr_scale": layer_decay ** (last - layer)} if layers else {})
+        for layer in range(last + 1)
+        for decay in (weight_decay, 0.0)
+    ]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         vector = (parameter.ndim <= 1 or name.endswith(".bias")) and name not in decayed_vectors
-        (no_decay if vector or name in exempt else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        groups[2 * layers.get(name, 0) + (vector or name in exempt)]["params"].append(parameter)
+    return [group for group in groups if group["params"] or not layers]
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """That of the classifier, where layers have their own: the highest."""
+    return max(group["lr"] for group in optimizer.param_groups)

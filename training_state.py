@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from checkpoint import FORMAT, CheckpointError
+from checkpoint import FORMAT, CheckpointError, load_weights
 from config import leaves
 from distributed import World, gather_rows
 from logger import ALL_RANKS
@@ -43,6 +44,7 @@ class TrainingState:
         model: not wrapped.
         amp: dtype of mixed precision, None for full precision.
         classes: their names, for whoever uses the checkpoint without the data.
+        ema: moving average of the model's weights and statistics, if any.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which}.
@@ -53,6 +55,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     amp: torch.dtype | None = None
     classes: list[str] = field(default_factory=list)
+    ema: ModelEmaV3 | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -65,20 +68,23 @@ class TrainingState:
             images: in the training data, to notice when it has changed.
         """
         progress = self.progress
-        model = self.model.state_dict()
+        states = {"model": self.model.state_dict()}
+        if self.ema:
+            states["model_ema"] = self.ema.module.state_dict()
         own = [*progress.losses.tolist(), progress.unreadable]
         ranks = gather_rows(torch.tensor(own, dtype=torch.float64, device=world.device), world)
         buffers = None
         if world.distributed and progress.step > 0 and not progress.trained:
             # Inside an epoch each process has running statistics of its own; whoever evaluates this gets the mean.
-            mine = training_buffers(self.model)
+            mine = self._statistics()
             if mine:
                 buffers = gather_rows(torch.cat([value.flatten().double() for value in mine.values()]), world)
-                model = {**model, **_split(buffers.mean(dim=0), mine)}
+                for (state, name), value in _split(buffers.mean(dim=0), mine).items():
+                    states[state] = {**states[state], name: value}
         return {
             "format": FORMAT,
             "run": self.run,
-            "model": model,
+            **states,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.amp == torch.float16 else {},
             "epoch": self.epoch,
@@ -99,6 +105,11 @@ class TrainingState:
             "images": images,
         }
 
+    def _statistics(self) -> dict[tuple[str, str], Tensor]:
+        """Running statistics, of the model and of its moving average, by key in the checkpoint and name."""
+        models = {"model": self.model} | ({"model_ema": self.ema.module} if self.ema else {})
+        return {(key, name): v for key, model in models.items() for name, v in training_buffers(model).items()}
+
     def restore_rest(
         self, content: dict[str, Any], path: Path, config, images: int, steps: int, world: World, logger: Logger
     ) -> None:
@@ -116,6 +127,8 @@ class TrainingState:
             load_optimizer_state(self.optimizer, content["optimizer"])
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        if self.ema and "model_ema" in content:
+            load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:
             self.scaler.load_state_dict(content["scaler"])
         self.epoch = content["epoch"]
@@ -129,16 +142,16 @@ class TrainingState:
             progress.losses = saved["losses"][world.rank].clone()
             progress.unreadable = int(saved["unreadable"][world.rank])
             if saved["buffers"] is not None:
-                mine = training_buffers(self.model)
+                mine = self._statistics()
                 elements = sum(value.numel() for value in mine.values())
                 if saved["buffers"].shape[1] != elements:
                     found = saved["buffers"].shape[1]
                     raise CheckpointError(f"{path}: has {found} running statistics, but the model {elements}")
                 statistics = _split(saved["buffers"][world.rank], mine)
-                for name, value in statistics.items():
+                for key, value in statistics.items():
                     if not value.isfinite().all():  # in the model's precision
-                        raise CheckpointError(f"{path}: the running statistics {name} are not finite numbers")
-                    mine[name].copy_(value)
+                        raise CheckpointError(f"{path}: the running statistics {key[1]} are not finite numbers")
+                    mine[key].copy_(value)
         elif world.is_main:
             progress.losses = saved["losses"].sum(dim=0)
             progress.unreadable = int(saved["unreadable"].sum())
@@ -165,7 +178,7 @@ def global_batch(values: dict[str, Any], processes: int) -> int:
     return values["DATA.BATCH_SIZE"] * values["TRAIN.ACCUMULATION_STEPS"] * processes
 
 
-def _split(row: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split(row: Tensor, like: dict[Any, Tensor]) -> dict[Any, Tensor]:
     """The inverse of concatenating `like`'s values."""
     parts = row.split([value.numel() for value in like.values()])
     return {n: part.view_as(value).to(value.dtype) for (n, value), part in zip(like.items(), parts, strict=True)}

@@ -10,7 +10,7 @@ from torchvision import datasets
 
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
-from data.sources import ArraySource, DataError, FolderSource, Source, ZipSource, printable
+from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource, printable
 from data.transforms import build_transform
 from distributed import World, main_process_first
 from stopping import ignore_signals
@@ -49,7 +49,51 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
     if train and val:
         _check_same_classes(config, sources.train.classes, sources.val.classes)
-    return sources
+    return Sources(
+        sources.train and select(sources.train, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS, config.SEED),
+        sources.val and select(sources.val, config.DATA.CLASSES),
+    )
+
+
+def select(source: Source, classes: str, per_class: int = 0, seed: int = 0) -> Source:
+    """The samples of a source that the config asks for; the source itself where that is all of them.
+
+    Args:
+        classes: "all", names separated by commas, or a .txt file with a name per line (`DATA.CLASSES`).
+        per_class: samples of each class (`DATA.IMAGES_PER_CLASS`), drawn with `seed`; 0: all.
+
+    Raises:
+        DataError: a class that the source does not have, or has too few samples of.
+    """
+    if classes == "all" and not per_class:
+        return source
+    names = source.classes
+    if classes != "all":
+        names = _read_names(classes) if classes.endswith(".txt") else [name.strip() for name in classes.split(",")]
+        names = list(dict.fromkeys(names))
+        unknown = [name for name in names if name not in source.classes]
+        if unknown or not names:
+            some = ", ".join(map(printable, source.classes[:10])) + " ..." * (len(source.classes) > 10)
+            raise DataError(f"DATA.CLASSES has {', '.join(unknown[:5]) or 'nothing'}; classes of the data: {some}")
+    targets = np.array(source.targets)
+    chosen = []
+    for name in names:
+        indices = np.flatnonzero(targets == source.classes.index(name))
+        if per_class > len(indices):
+            raise DataError(
+                f"DATA.IMAGES_PER_CLASS is {per_class}, but the training data has {len(indices)} of {printable(name)}"
+            )
+        if per_class:
+            indices = np.random.default_rng((seed, source.classes.index(name))).permutation(indices)[:per_class]
+        chosen.append(indices)
+    return SubsetSource(source, np.sort(np.concatenate(chosen)).tolist(), names)
+
+
+def _read_names(path: str) -> list[str]:
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"DATA.CLASSES is {path}, which cannot be read: {error}") from error
 
 
 def check_num_classes(config, source: Source) -> int:

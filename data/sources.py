@@ -210,6 +210,30 @@ class ArraySource(Source):
         """Nothing to do: it is all in memory."""
 
 
+class SubsetSource(Source):
+    """Some samples of a source, of some of its classes.
+
+    Args:
+        indices: of the samples, all of the `classes`.
+        classes: in the new label order.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
+        label = {source.classes.index(name): new for new, name in enumerate(classes)}
+        self._source, self._indices = source, list(indices)
+        self.classes = list(classes)
+        self.targets = [label[source.targets[index]] for index in self._indices]
+
+    def load(self, index: int) -> Image.Image:
+        return self._source.load(self._indices[index])
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+    def cache(self, indices: Iterable[int]) -> None:
+        self._source.cache(self._indices[index] for index in indices)
+
+
 def printable(name: str) -> str:
     """A file name for logs and messages: escaped where it has line breaks, control characters, or bytes that are no
     text."""

@@ -1,7 +1,8 @@
 """Models. Importing this package registers Strip-MLP and Sparse MLP with timm."""
 
 from .build import build_model, prepare_model
+from .freeze import freeze, train_mode
 from .sparse_mlp import SparseMLP
 from .strip_mlp import StripMLP
 
-__all__ = ["SparseMLP", "StripMLP", "build_model", "prepare_model"]
+__all__ = ["SparseMLP", "StripMLP", "build_model", "freeze", "prepare_model", "train_mode"]

@@ -327,6 +327,16 @@ def plain_weights(state_dict: Mapping) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state_dict.items()}
 
 
+def translate(name: str, pairs: Sequence[tuple[str, str]], back: bool = False) -> str:
+    """`name` with its beginning replaced: if it is the first of one of the `pairs`, by the second; `back`: the other
+    way round."""
+    for pair in pairs:
+        old, new = reversed(pair) if back else pair
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
 def image_cfg(paper: str, **kwargs) -> dict:
     """timm's description of a model's input, for one trained on ImageNet-1K at 224 x 224."""
     return {

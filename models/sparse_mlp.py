@@ -27,6 +27,7 @@ from .backbone import (
     image_cfg,
     merge,
     plain_weights,
+    translate,
 )
 
 __all__ = ["SparseMLP", "SparseMLPBlock", "TokenMixing", "checkpoint_filter_fn"]
@@ -191,22 +192,24 @@ class SparseMLP(Backbone):
         self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
 
-# From the names of the released checkpoints to ours; "proh_w" is theirs. The blocks, which they number through, come
-# with their stage.
+# Beginnings of names in the released checkpoints, whose numbers of blocks are left out, and in ours, whose stages are;
+# "proh_w" is theirs.
 RELEASED_NAMES = (
-    (r"^to_patch_embedding\.0\.0\.", "patch_embed."),
-    (r"^to_patch_embedding\.([1-3])\.0\.", lambda m: f"merging.{int(m[1]) - 1}."),
-    (r"^batch_norm\.", "norm."),
-    (r"^mlp_head\.0\.", "head.fc."),
-    (r"token_mix\.0\.conv_merge\.BN\.", "token_mixing.norm1."),
-    (r"token_mix\.0\.conv_merge\.Conv\.", "token_mixing.dwconv."),
-    (r"token_mix\.1\.BN\.", "token_mixing.norm2."),
-    (r"token_mix\.1\.proj_h\.", "token_mixing.mix_w."),
-    (r"token_mix\.1\.proh_w\.", "token_mixing.mix_h."),
-    (r"token_mix\.1\.fuse\.", "token_mixing.proj."),
-    (r"channel_mix\.1\.", "channel_mixing.norm."),
-    (r"channel_mix\.2\.net\.0\.", "channel_mixing.mlp.fc1."),
-    (r"channel_mix\.2\.net\.3\.", "channel_mixing.mlp.fc2."),
+    ("to_patch_embedding.0.0.", "patch_embed."),
+    ("to_patch_embedding.1.0.", "merging.0."),
+    ("to_patch_embedding.2.0.", "merging.1."),
+    ("to_patch_embedding.3.0.", "merging.2."),
+    ("batch_norm.", "norm."),
+    ("mlp_head.0.", "head.fc."),
+    ("token_mix.0.conv_merge.BN.", "token_mixing.norm1."),
+    ("token_mix.0.conv_merge.Conv.", "token_mixing.dwconv."),
+    ("token_mix.1.BN.", "token_mixing.norm2."),
+    ("token_mix.1.proj_h.", "token_mixing.mix_w."),
+    ("token_mix.1.proh_w.", "token_mixing.mix_h."),
+    ("token_mix.1.fuse.", "token_mixing.proj."),
+    ("channel_mix.1.", "channel_mixing.norm."),
+    ("channel_mix.2.net.0.", "channel_mixing.mlp.fc1."),
+    ("channel_mix.2.net.3.", "channel_mixing.mlp.fc2."),
 )
 
 
@@ -233,21 +236,40 @@ def rename_released(state_dict: Mapping, model: SparseMLP) -> dict[str, Tensor]:
     state_dict = {name.replace("token_mixing.fuse.", "token_mixing.proj."): v for name, v in state_dict.items()}
     if "to_patch_embedding.0.0.weight" not in state_dict:
         return state_dict
-    blocks = [f"stages.{stage}.{block}" for stage, blocks in enumerate(model.stages) for block in range(len(blocks))]
-
-    def in_stage(match: re.Match) -> str:
-        number = int(match[2])
-        return f"{blocks[number]}.{match[1]}." if number < len(blocks) else match[0]
-
+    blocks = block_names(model)
     converted = {}
     for released_name, value in state_dict.items():
-        name = re.sub(r"^(token_mix|channel_mix)\.(\d+)\.", in_stage, released_name)
-        for pattern, replacement in RELEASED_NAMES:
-            name = re.sub(pattern, replacement, name)
+        block = re.match(r"(token_mix|channel_mix)\.(\d+)\.", released_name)
+        if block and int(block[2]) < len(blocks):
+            inside = translate(f"{block[1]}.{released_name[block.end() :]}", RELEASED_NAMES)
+            name = f"{blocks[int(block[2])]}.{inside}"
+        else:
+            name = translate(released_name, RELEASED_NAMES)
         if name.endswith((".mix_w.weight", ".mix_h.weight")):
             value = value.flatten(1)
         converted[name] = value
     return converted
+
+
+def released_state_dict(model: SparseMLP) -> dict[str, Tensor]:
+    """The model's weights as the released code has them: the inverse of `rename_released`."""
+    blocks = block_names(model)
+    converted = {}
+    for our_name, value in model.state_dict().items():
+        block = re.match(r"stages\.\d\.\d+", our_name)
+        name = translate(our_name[block.end() + 1 :] if block else our_name, RELEASED_NAMES, back=True)
+        if block:
+            kind, rest = name.split(".", 1)
+            name = f"{kind}.{blocks.index(block[0])}.{rest}"
+        if our_name.endswith((".mix_w.weight", ".mix_h.weight")):
+            value = value[:, :, None, None]
+        converted[name] = value
+    return converted
+
+
+def block_names(model: SparseMLP) -> list[str]:
+    """Of all stages, in order: the released code numbers the blocks through."""
+    return [f"stages.{stage}.{block}" for stage, blocks in enumerate(model.stages) for block in range(len(blocks))]
 
 
 PAPER = "arXiv:2109.05422"

@@ -34,6 +34,7 @@ from .backbone import (
     image_cfg,
     merge,
     plain_weights,
+    translate,
 )
 
 __all__ = [
@@ -759,30 +760,35 @@ def check_geometry(
         )
 
 
-# From the names of the released checkpoints to ours, applied in this order.
+# Beginnings of names in the released checkpoints and in ours; the second table is of what follows a block's number.
 RELEASED_NAMES = (
-    (r"^blocks([1-4])\.", lambda m: f"stages.{int(m[1]) - 1}."),
-    (r"^merging([1-3])\.", lambda m: f"merging.{int(m[1]) - 1}."),
-    (r"^conv_s1_28\.", "shortcut_2to3."),
-    (r"^conv_s1_14\.", "shortcut_2to4."),
-    (r"^conv_s2_14\.", "shortcut_3to4."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"token_mixing\.dwsc\.conv_merge\.BN\.", "token_mixing.norm."),
-    (r"token_mixing\.dwsc\.conv_merge\.Conv\.", "token_mixing.dwconv."),
-    (r"token_mixing\.smlp_block\.mlp\.0\.", "token_mixing.proj."),
-    (r"token_mixing\.smlp_block\.mlp\.1\.", "token_mixing.proj_norm."),
-    (r"token_mixing\.smlp_block\.fuse\.", "token_mixing.fuse."),
-    (r"token_mixing\.smlp_block\.BN\.", "token_mixing.cgsmm.norm."),
-    (r"token_mixing\.smlp_block\.proj_([hw])\.", r"token_mixing.cgsmm.strip_\1."),
-    (r"token_mixing\.smlp_block\.fuse_([hw])\.", r"token_mixing.cgsmm.fuse_\1."),
-    (r"token_mixing\.smlp_block\.relate_pos_([hw])\.embeddings_table$", r"token_mixing.cgsmm.pos_\1.table"),
-    (r"token_mixing\.smlp_block\.fc_([hw])\.", r"token_mixing.lsmm.conv_\1."),
-    (r"token_mixing\.smlp_block\.reweight\.", "token_mixing.lsmm.reweight."),
-    (r"channel_mixing\.conv_77\.", "channel_mixing.dwconv."),
-    (r"channel_mixing\.layer_norm\.", "channel_mixing.norm."),
-    (r"channel_mixing\.(fc[12])\.", r"channel_mixing.mlp.\1."),
-    (r"channel_mixing\.grn\.gamma$", "channel_mixing.mlp.grn.weight"),
-    (r"channel_mixing\.grn\.beta$", "channel_mixing.mlp.grn.bias"),
+    ("merging1.", "merging.0."),
+    ("merging2.", "merging.1."),
+    ("merging3.", "merging.2."),
+    ("conv_s1_28.", "shortcut_2to3."),
+    ("conv_s1_14.", "shortcut_2to4."),
+    ("conv_s2_14.", "shortcut_3to4."),
+    ("head.weight", "head.fc.weight"),
+    ("head.bias", "head.fc.bias"),
+)
+RELEASED_NAMES_IN_BLOCKS = (
+    ("token_mixing.dwsc.conv_merge.BN.", "token_mixing.norm."),
+    ("token_mixing.dwsc.conv_merge.Conv.", "token_mixing.dwconv."),
+    ("token_mixing.smlp_block.mlp.0.", "token_mixing.proj."),
+    ("token_mixing.smlp_block.mlp.1.", "token_mixing.proj_norm."),
+    ("token_mixing.smlp_block.fuse.", "token_mixing.fuse."),
+    ("token_mixing.smlp_block.BN.", "token_mixing.cgsmm.norm."),
+    ("token_mixing.smlp_block.proj_", "token_mixing.cgsmm.strip_"),
+    ("token_mixing.smlp_block.fuse_", "token_mixing.cgsmm.fuse_"),
+    ("token_mixing.smlp_block.relate_pos_h.embeddings_table", "token_mixing.cgsmm.pos_h.table"),
+    ("token_mixing.smlp_block.relate_pos_w.embeddings_table", "token_mixing.cgsmm.pos_w.table"),
+    ("token_mixing.smlp_block.fc_", "token_mixing.lsmm.conv_"),
+    ("token_mixing.smlp_block.reweight.", "token_mixing.lsmm.reweight."),
+    ("channel_mixing.conv_77.", "channel_mixing.dwconv."),
+    ("channel_mixing.layer_norm.", "channel_mixing.norm."),
+    ("channel_mixing.fc", "channel_mixing.mlp.fc"),
+    ("channel_mixing.grn.gamma", "channel_mixing.mlp.grn.weight"),
+    ("channel_mixing.grn.beta", "channel_mixing.mlp.grn.bias"),
 )
 
 
@@ -810,9 +816,11 @@ def rename_released(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
 
     converted = {}
     for released_name, value in state_dict.items():
-        name = released_name
-        for pattern, replacement in RELEASED_NAMES:
-            name = re.sub(pattern, replacement, name)
+        if block := re.match(r"blocks([1-4])\.(\d+)\.", released_name):
+            inside = translate(released_name[block.end() :], RELEASED_NAMES_IN_BLOCKS)
+            name = f"stages.{int(block[1]) - 1}.{block[2]}.{inside}"
+        else:
+            name = translate(released_name, RELEASED_NAMES)
         if name.endswith((".strip_h.weight", ".strip_w.weight")):
             value = value.squeeze(2).unflatten(0, (-1, value.shape[1]))
         elif name.endswith((".strip_h.bias", ".strip_w.bias")):
@@ -821,6 +829,25 @@ def rename_released(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
                 value = value.unflatten(0, (-1, weight.shape[1]))
         elif ".grn." in name:
             value = value.flatten()
+        converted[name] = value
+    return converted
+
+
+def released_state_dict(model: StripMLP) -> dict[str, Tensor]:
+    """The model's weights as the released code has them: the inverse of `rename_released`. It loads those of the
+    released models only; ablations, which lack some of their entries or have others, are not among them."""
+    converted = {}
+    for our_name, value in model.state_dict().items():
+        if block := re.match(r"stages\.(\d)\.(\d+)\.", our_name):
+            inside = translate(our_name[block.end() :], RELEASED_NAMES_IN_BLOCKS, back=True)
+            name = f"blocks{int(block[1]) + 1}.{block[2]}.{inside}"
+        else:
+            name = translate(our_name, RELEASED_NAMES, back=True)
+        if ".cgsmm.strip_" in our_name:
+            value = value.flatten(0, 1)
+            value = value[:, :, None] if our_name.endswith("weight") else value
+        elif ".grn." in our_name:
+            value = value[None, None, None]
         converted[name] = value
     return converted
 
