@@ -17,7 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch.utils.tensorboard  # noqa: F401  (imported on first use)
+# Imported on first use, or by some tools.
+import matplotlib.figure  # noqa: F401
+import timm  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 
 import main  # noqa: F401
 
@@ -38,11 +41,14 @@ def child(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["command"]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     status = 0
     try:
         runpy.run_path(request["command"][0], run_name="__main__")
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1

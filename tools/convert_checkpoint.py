@@ -1,0 +1,79 @@
+"""Convert a checkpoint to its weights alone: released to ours and back, PyTorch's format or safetensors.
+
+    python tools/convert_checkpoint.py output/strip_mlp_pico_digits/default/best.pth digits.safetensors
+    python tools/convert_checkpoint.py released.pth tiny.pth --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml
+    python tools/convert_checkpoint.py best.pth released.pth --to released
+    python tools/convert_checkpoint.py best.pth at_384.pth --opts DATA.IMG_SIZE 384
+
+What it writes has no optimizer state and, of a model with a moving average of its weights, that average (--no-ema: the
+weights themselves). Ours also hold the config and the names of the classes, so that the other tools need nothing else.
+The last line is the file's SHA-256 and its name. Exit status: 0, or 1 if something cannot be read, converted or
+written.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from trained import Trained, add_arguments, load_trained
+
+from checkpoint import CheckpointError, save_checkpoint, save_safetensors
+from config import leaves
+from utils import UserError, run_entry_point
+
+SUFFIXES = (".pth", ".safetensors")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser)
+    parser.add_argument("output", type=Path, help=f"file to write, {' or '.join(SUFFIXES)}")
+    parser.add_argument("--to", choices=["ours", "released"], default="ours", help="whose names (default: ours)")
+    parser.add_argument("--force", action="store_true", help="replace the output if it is there")
+    args = parser.parse_args()
+    if args.output.suffix not in SUFFIXES:
+        parser.error(f"output is {args.output}; accepted: a name that ends in {' or '.join(SUFFIXES)}")
+    return args
+
+
+def write(trained: Trained, output: Path, names: str) -> None:
+    """Writes the weights under our names, with config and classes, or under the released ones, alone.
+
+    Raises:
+        CheckpointError: it cannot be written, or there are no released models like this one.
+    """
+    weights, config, classes = trained.model.state_dict(), leaves(trained.config), trained.classes
+    if names == "released":
+        convert = getattr(sys.modules[type(trained.model).__module__], "released_state_dict", None)
+        if convert is None:
+            raise CheckpointError(
+                f"{trained.path}: is of a {type(trained.model).__name__}, of which there are no released names; "
+                "accepted for --to released: Strip-MLP and Sparse MLP"
+            )
+        weights, config, classes = convert(trained.model), {}, []
+    if output.suffix == ".safetensors":
+        save_safetensors(weights, output, config, classes)
+    else:
+        others = {"config": config, "classes": classes}
+        save_checkpoint({"model": weights, **{key: value for key, value in others.items() if value}}, output)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.output.exists() and not args.force:
+        raise UserError(f"{args.output}: is there already; choose another name, or --force")
+    args.device = "cpu"
+    trained = load_trained(args)
+    write(trained, args.output, args.to)
+    size = sum(value.numel() for value in trained.model.parameters())
+    height_width = getattr(trained.model, "img_size", None)
+    at = f" for images of {height_width[0]} x {height_width[1]} pixels" if height_width else ""
+    print(f"{type(trained.model).__name__} of {size:,} parameters{at}, {len(trained.classes)} classes")
+    print(f"{hashlib.sha256(args.output.read_bytes()).hexdigest()}  {args.output}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
