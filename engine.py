@@ -81,6 +81,8 @@ class Control:
     save_due: Callable[[int], bool] = lambda step: False
     # Writes one; called by all processes.
     save: Callable[[], None] = lambda: None
+    # Is shown the first batch of a run as the model gets it, (N, 3, H, W).
+    show: Callable[[torch.Tensor], None] = lambda images: None
 
 
 def train_one_epoch(
@@ -173,6 +175,8 @@ def train_one_epoch(
         images = batch.image.to(world.device, non_blocking=True)
         targets = batch.target.to(world.device, non_blocking=True)
         images, targets = transform(images, targets)
+        if epoch == i == 0:
+            control.show(images)
 
         if between_steps:
             losses, samples = [], []

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from termcolor import colored
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
@@ -121,6 +125,25 @@ class MetricsLog:
             if name != "epoch" and value is not None:
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
+
+    def write_images(self, title: str, images: Tensor, epoch: int) -> None:
+        """Shows images (N, 3, H, W), normalised as in training, of which at most 64, in TensorBoard."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        shown = (images[:64].float().cpu() * std + mean).clamp(0, 1)
+        self._tensorboard.add_image(title, make_grid(shown, nrow=8, pad_value=1.0), epoch)
+
+    def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
+        """Shows how the values of each of the weights are distributed, in TensorBoard."""
+        for name, weight in weights.items():
+            # TensorBoard's own bins, over a thousand, would be most of the file.
+            self._tensorboard.add_histogram(f"{title}/{name}", weight.detach().float().cpu(), epoch, bins=64)
+
+    def write_hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+        """A run's config and what came of it, for TensorBoard's table of hyper-parameters, which compares runs."""
+        values = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()
+        }
+        self._tensorboard.add_hparams(values, {f"final/{name}": value for name, value in metrics.items()}, run_name=".")
 
     def close(self) -> None:
         self._tensorboard.close()

@@ -11,6 +11,7 @@ import inspect
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from distributed import TIMEOUT, World, close_world, from_main, init_world, lost
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
-from models import build_model, freeze, prepare_model
+from models import build_model, freeze, prepare_model, token_mixing_weights
 from nonfinite import build_scaler
 from optimizer import build_optimizer
 from run_folder import RunFolder, open_run_folder
@@ -228,6 +229,8 @@ def fit(
     request.deferred = True
     with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due, save)
+        if metrics_log:
+            control.show = partial(metrics_log.write_images, "training images as the model gets them", epoch=1)
         while state.epoch < config.TRAIN.EPOCHS:
             try:
                 metrics = train_one_epoch(
@@ -266,8 +269,12 @@ def fit(
                 # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
                 with writing_to(folder.path):
                     metrics_log.write({"epoch": state.epoch, **metrics, "processes": world.size})
+                    if len(names) > is_best:  # with the checkpoints that are kept
+                        metrics_log.write_histograms("token mixing weights", token_mixing_weights(model), state.epoch)
             save(*names)
     if metrics_log:
+        final = {name: metrics[name] for name in ("top1", "top5", "val_loss", "train_loss")}
+        metrics_log.write_hparams(leaves(config), {**final, "best_top1": state.best["top1"]})
         metrics_log.close()
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 

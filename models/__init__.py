@@ -1,8 +1,9 @@
 """Models. Importing this package registers Strip-MLP and Sparse MLP with timm."""
 
+from .backbone import token_mixing_weights
 from .build import build_model, prepare_model
 from .freeze import freeze, train_mode
 from .sparse_mlp import SparseMLP
 from .strip_mlp import StripMLP
 
-__all__ = ["SparseMLP", "StripMLP", "build_model", "freeze", "prepare_model", "train_mode"]
+__all__ = ["SparseMLP", "StripMLP", "build_model", "freeze", "prepare_model", "token_mixing_weights", "train_mode"]

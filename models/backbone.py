@@ -277,6 +277,13 @@ class Backbone(nn.Module):
         return set()
 
 
+def token_mixing_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the layers in which tokens interact along rows and columns, by the layer's name: none in models
+    that are not of this package."""
+    layers = model.map_sized() if isinstance(model, Backbone) else []
+    return {name: layer.weight for name, layer, _ in layers if "weight" in layer.map_axes}
+
+
 def describe_stages(embed_dim: int, patch_size: int) -> list[dict]:
     """timm's `feature_info`: channels, pixels per token side and module of each of the four stages."""
     return [{"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)]
