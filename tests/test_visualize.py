@@ -352,7 +352,7 @@ def test_shares_are_without_label_smoothing():
 def test_descriptions_of_targets():
     classes = ["tench, Tinca tinca", "goldfish", "shark"]
     assert augmented.describe(torch.tensor([0.0, 1, 0]), classes, 12) == "goldfish"
-    assert augmented.describe(torch.tensor([0.3, 0.7, 0]), classes, 12) == "0.70 gol…ish\n0.30 ten…nca"
+    assert augmented.describe(torch.tensor([0.3, 0.7, 0]), classes, 12) == "goldf…: 0.70\ntench…: 0.30"
     assert augmented.describe(torch.tensor([0.002, 0, 0.998]), classes, 12) == "shark"
     assert augmented.describe(torch.tensor([1.0]), ["only"], 12) == "only"
 
@@ -439,10 +439,18 @@ def test_of_many_classes_the_most_confused():
     found = some_predictions(true, predicted, np.ones(90))
     names = [f"class number {i} of thirty" for i in range(30)]
     axes = mistakes.draw_confusion(found, names).axes[0]
-    assert "the 20 most confused of 30 classes, 30 of the mistakes among them" in axes.get_title()
+    assert "the 20 most confused of 30 classes, 30 mistakes among them" in axes.get_title()
     shown = [label for label in range(30) if label % 3 < 2]
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == [common.shorten(names[label], 18) for label in shown]
+
+
+def test_most_confused_pairs_rather_than_most_mistaken_classes():
+    matrix = np.full((30, 30), 1)
+    matrix[0] = 2  # class 0 has most mistakes
+    matrix[5, 9] = matrix[9, 5] = 4
+    matrix[20, 7] = 6
+    assert mistakes.most_confused(matrix, 4).tolist() == [5, 7, 9, 20]
 
 
 def test_unreadable_images_and_none_wrong(command, tmp_path):
@@ -464,9 +472,10 @@ def test_unreadable_images_and_none_wrong(command, tmp_path):
 # The command
 
 
-def test_names_are_shortened_in_the_middle():
+def test_shortened_names():
     assert common.shorten("abcdefghij", 10) == "abcdefghij"
-    assert common.shorten("abcdefghijk", 10) == "abcd…ghijk"
+    assert common.shorten("abcdefghijk", 10) == "abcdefghi…"
+    assert common.shorten("abcdefghijk", 10, keep_end=True) == "abcd…ghijk"
 
 
 @pytest.mark.parametrize("picture", visualize.COMMANDS)

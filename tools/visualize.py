@@ -34,6 +34,7 @@ COMMANDS = {
 # Sizes are those of the print: no figure is wider than a page. Names of files and classes are no formulas.
 SIZES = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 STYLE = {"font.size": 9, **dict.fromkeys(SIZES, 9), "text.parse_math": False, "axes.linewidth": 0.6}
+STYLE |= {"figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06}
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,7 +79,7 @@ def main() -> None:
         with writing_to(paths[0].parent):
             for path, content in zip(paths, contents, strict=True):
                 if isinstance(content, Figure):
-                    content.savefig(path, dpi=args.dpi)
+                    content.savefig(path, dpi=args.dpi, pil_kwargs={"optimize": True})
                 else:
                     path.write_text(content, encoding="utf-8")
     print(*paths, sep="\n")

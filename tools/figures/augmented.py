@@ -66,7 +66,7 @@ def describe(target: Tensor, classes: Sequence[str], most: int) -> str:
     named = [(float(s), classes[i]) for s, i in zip(shares, labels.tolist(), strict=True) if s >= LEAST_SHARE]
     if len(named) == 1:
         return shorten(named[0][1], most)
-    return "\n".join(f"{share:.2f} {shorten(name, most - 5)}" for share, name in named)
+    return "\n".join(f"{shorten(name, most - 6)}: {share:.2f}" for share, name in named)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

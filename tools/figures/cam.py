@@ -135,7 +135,7 @@ def draw_evidence(found: Sequence[Evidence], classes: Sequence[str], stage: int 
     for (left, right), each in zip(panels, found, strict=True):
         size = each.image.shape[0]
         left.imshow(each.image)
-        left.set_title(shorten(each.name, 28))
+        left.set_title(shorten(each.name, 28, keep_end=True))
         right.imshow(each.image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
         values = each.map / (each.map.max() or 1) if stage else each.map
         scale = {"cmap": "inferno", "vmin": 0, "vmax": 1} if stage else {"cmap": "RdBu_r"}

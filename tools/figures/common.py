@@ -45,9 +45,9 @@ def pixels(image: Tensor) -> np.ndarray:
     return image.permute(1, 2, 0).cpu().numpy()
 
 
-def shorten(text: str, most: int) -> str:
-    """At most so many characters of a name, its middle left out."""
+def shorten(text: str, most: int, keep_end: bool = False) -> str:
+    """At most so many characters of a name: its beginning, or both ends where, as in a file's, the end tells most."""
     if len(text) <= most:
         return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+    tail = most // 2 if keep_end else 0
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"

@@ -92,9 +92,10 @@ def predict(model: trained.Trained, source: Source) -> Predictions:
 
 
 def most_confused(matrix: np.ndarray, most: int) -> np.ndarray:
-    """The labels, in order, of the `most` classes with the most mistakes, made of them or into them."""
-    errors = matrix - np.diag(np.diag(matrix))
-    return np.sort(np.argsort(-(errors.sum(axis=0) + errors.sum(axis=1)), kind="stable")[:most])
+    """The labels, in order, of `most` classes: those of the pairs that are taken for each other most often."""
+    pairs = np.argsort(-np.triu(matrix + matrix.T, k=1), axis=None, kind="stable")[: most**2]
+    labels = np.stack(np.unravel_index(pairs, matrix.shape), axis=1).ravel()
+    return np.sort(list(dict.fromkeys(labels.tolist()))[:most])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +112,7 @@ def draw(args: argparse.Namespace) -> tuple[Figure, Figure, str]:
     source = build_sources(model.config, world, train=False).val
     check_num_classes(model.config, source)
     found = predict(model, source)
-    images = [(pixels(model.transform(source.load(found.index[i])))) for i in found.wrong[: args.count]]
+    images = [pixels(model.transform(source.load(found.index[i]))) for i in found.wrong[: args.count]]
     return (
         draw_mistakes(found, images, source, model.classes),
         draw_confusion(found, model.classes),
@@ -140,7 +141,7 @@ def draw_mistakes(found: Predictions, images: Sequence[np.ndarray], source: Sour
         axes.imshow(image)
         predicted, true = classes[found.predicted[i]], classes[found.true[i]]
         axes.set_title(
-            f"{shorten(source.name(found.index[i]).rpartition('/')[2], 24)}\n"
+            f"{shorten(source.name(found.index[i]).rpartition('/')[2], 24, keep_end=True)}\n"
             f"predicted {shorten(predicted, 12)}: {found.p_predicted[i]:.2f}\n"
             f"true {shorten(true, 16)}: {found.p_true[i]:.2f}"
         )
@@ -157,7 +158,7 @@ def draw_confusion(found: Predictions, classes: Sequence[str]) -> Figure:
         labels = most_confused(matrix, MOST_CLASSES)
         shown = matrix[np.ix_(labels, labels)]
         mistakes = shown.sum() - np.trace(shown)
-        title += f"\nthe {MOST_CLASSES} most confused of {len(classes)} classes, {mistakes} of the mistakes among them"
+        title += f"\nthe {MOST_CLASSES} most confused of {len(classes)} classes, {mistakes} mistakes among them"
     size = min(WIDTH - 1, 1.2 + 0.32 * len(labels))
     figure = Figure(figsize=(size + 1, size + 0.4), layout="constrained")
     axes = figure.subplots()

@@ -21,6 +21,7 @@ import numpy as np
 import timm
 import torch
 import trained
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -42,6 +43,7 @@ SUFFIXES = (".png", ".csv")
 STAGES = 4
 SHARES = {0.5: "solid", 0.95: "dashed"}  # of the field, and how its square is drawn
 LEAST = 1e-5  # of the colour scale, as a fraction of the maximum
+COLORS = colormaps["inferno"].resampled(50)  # ten per decade, with which noise makes a file of half the size
 BATCH = 4
 
 
@@ -228,7 +230,8 @@ def draw_fields(found: Sequence[tuple[Subject, list[Field]]], images: str) -> Fi
     for row, (subject, fields) in zip(panels, found, strict=True):
         for axes, field in zip(row, fields, strict=True):
             shown = draw_field(axes, field)
-        row[0].set_ylabel(f"{shorten(subject.name, 24)}\n{shorten(subject.weights, 24) or 'random weights'}")
+        names = (subject.name, subject.weights or "random weights")
+        row[0].set_ylabel("\n".join(shorten(name, 24, keep_end=True) for name in names))
     figure.supxlabel(
         "smallest squares that hold 50 % (solid) and 95 % (dashed), and their area in % of the image", fontsize=9
     )
@@ -243,7 +246,8 @@ def draw_field(axes: Axes, field: Field):
     highest = field.values.max()
     # Pixels that do not matter at all are as dark as those that hardly do.
     relative = np.maximum(field.values / highest if highest > 0 else field.values, LEAST)
-    shown = axes.imshow(relative, norm=LogNorm(LEAST, 1), cmap="inferno", extent=(0, width, height, 0))
+    extent = (0, width, height, 0)
+    shown = axes.imshow(relative, norm=LogNorm(LEAST, 1), cmap=COLORS, extent=extent, interpolation_stage="data")
     for share, style in SHARES.items():
         side, top, left = field.square(share)
         # Its line is half outside of the panel where the square is the whole image.
