@@ -1,6 +1,6 @@
 """Pictures of models and data, for papers and for looking.
 
-    python tools/visualize.py receptive-field --variants strip_mlp_tiny_light resnet50
+    python tools/visualize.py receptive-field --variants strip_mlp_tiny_light sparse_mlp_tiny
     python tools/visualize.py strips output/strip_mlp_pico_digits/default/best.pth
     python tools/visualize.py cam output/strip_mlp_t/default/best.pth cat.jpg dog.jpg
     python tools/visualize.py augmented --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA

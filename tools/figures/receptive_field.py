@@ -1,20 +1,21 @@
 """Effective receptive field of each stage: how much each pixel of the input matters to the stage's central token.
 
-    python tools/visualize.py receptive-field --variants strip_mlp_tiny_light sparse_mlp_tiny resnet50
+    python tools/visualize.py receptive-field --variants strip_mlp_tiny_light sparse_mlp_tiny
     python tools/visualize.py receptive-field output/strip_mlp_t/default/best.pth --images DATA/val --count 50
 
 One row per model, one panel per stage: the mean over images of the absolute gradient of the central token, summed over
 its channels, with respect to the pixels, relative to the panel's maximum, on a logarithmic scale. The squares are the
 smallest that hold 50 % (solid) and 95 % (dashed) of it; under the panel is their area in percent of the image's. A
-model that timm knows by name has random weights. FILE.csv has the numbers.
+model that timm knows by name has random weights (timm's ResNets then show little but their shortcuts: they start with
+residual branches that give zero). FILE.csv has the numbers.
 """
 
 import argparse
 import difflib
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 from tables import as_csv
@@ -98,23 +100,26 @@ class Field:
 
     def area(self, share: float) -> float:
         """Of that square, as far as it is inside the image: 0 to 1, a fraction of the image's (Ding et al., CVPR 2022,
-        table 6, where the squares are around the image's centre; a central token may lie beside it)."""
+        whose squares are around the image's centre, where a network's central token need not lie)."""
         side, _, _ = self.square(share)
         height, width = self.values.shape
         return min(side, height) * min(side, width) / (height * width)
 
 
-def effective_receptive_fields(stage_maps: Callable[[Tensor], Sequence[Tensor]], batches: Sequence[Tensor]) -> list:
-    """A `Field` per stage (Luo et al., NIPS 2016, section 3: the gradient of the central unit with respect to the
-    input). Of the gradient the absolute value is taken, image by image, because a pixel matters whichever sign it has;
-    Ding et al. (CVPR 2022) take the positive part, which is half of that where signs are as likely.
+def effective_receptive_fields(
+    stage_maps: Callable[[Tensor], Sequence[Tensor]], batches: Sequence[Tensor], title: str = ""
+) -> list[Field]:
+    """A field per stage (Luo et al., NIPS 2016: the gradient of the central unit with respect to the input). Of the
+    gradient the absolute value is taken, image by image, because a pixel matters whichever sign it has; Ding et al.
+    (CVPR 2022) take the positive part, which is half of that where both signs are as likely.
 
     Args:
         stage_maps: images (N, 3, H, W) to the maps of the stages, (N, C, h, w) each.
         batches: of images.
+        title: of the progress bar.
     """
     fields: list[Field] = []
-    for images in tqdm(batches, desc="gradients", leave=False, dynamic_ncols=True, disable=None):
+    for images in tqdm(batches, desc=title, leave=False, dynamic_ncols=True, disable=None):
         images = images.clone().requires_grad_()
         maps = stage_maps(images)
         fields = fields or [Field(np.zeros(images.shape[2:]), tuple(each.shape[2:])) for each in maps]
@@ -209,13 +214,11 @@ def draw(args: argparse.Namespace) -> tuple[Figure, str]:
         else:
             subject = of_timm(source, args.seed, init_world(args.device or "auto").device)
         subject.model.requires_grad_(False)
-        if sys.stderr.isatty():
-            print(subject.name, file=sys.stderr)
-        fields = effective_receptive_fields(
-            lambda images, subject=subject: stage_maps(subject, images), make_batches(subject, paths, args)
-        )
-        found.append((subject, fields))
-    images = f"{len(paths)} images of {args.images.name}" if paths else f"{args.count} images of Gaussian noise"
+        batches = make_batches(subject, paths, args)
+        found.append((subject, effective_receptive_fields(partial(stage_maps, subject), batches, subject.name)))
+    images = (
+        f"{len(paths)} images from {args.images.resolve().name}/" if paths else f"{args.count} images of Gaussian noise"
+    )
     return draw_fields(found, images), table(found)
 
 
@@ -240,7 +243,7 @@ def draw_fields(found: Sequence[tuple[Subject, list[Field]]], images: str) -> Fi
     return figure
 
 
-def draw_field(axes: Axes, field: Field):
+def draw_field(axes: Axes, field: Field) -> AxesImage:
     """One panel; returns what a colour bar needs."""
     height, width = field.values.shape
     highest = field.values.max()
@@ -250,7 +253,6 @@ def draw_field(axes: Axes, field: Field):
     shown = axes.imshow(relative, norm=LogNorm(LEAST, 1), cmap=COLORS, extent=extent, interpolation_stage="data")
     for share, style in SHARES.items():
         side, top, left = field.square(share)
-        # Its line is half outside of the panel where the square is the whole image.
         outline = {"fill": False, "edgecolor": "white", "linestyle": style, "clip_on": False}
         axes.add_patch(Rectangle((left, top), min(side, width), min(side, height), **outline))
     axes.set_xticks([])

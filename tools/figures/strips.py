@@ -91,12 +91,12 @@ def draw(args: argparse.Namespace) -> tuple[Figure]:
         raise UserError(f"{args.checkpoint}: {model.config.MODEL.NAME} has no strips along the {args.axis}s")
     chosen = choose(layers, args.block)
     strips = [strip for name in chosen for strip in weights_of(name, chosen[name], args.offsets == "all")]
-    return (draw_strips(strips, f"{model.config.MODEL.NAME}: strip weights along the {args.axis}s", args),)
+    return (draw_strips(strips, f"{model.config.MODEL.NAME}: strip weights along the {args.axis}s", args.patches),)
 
 
-def draw_strips(strips: Sequence[Strip], title: str, args: argparse.Namespace) -> Figure:
-    """One row of matrices per strip, all on one scale."""
-    columns = min(args.patches, max(len(strip.matrices) for strip in strips))
+def draw_strips(strips: Sequence[Strip], title: str, most: int) -> Figure:
+    """One row of matrices per strip, of its first `most` patches, all on one scale."""
+    columns = min(most, max(len(strip.matrices) for strip in strips))
     size = min(1.2, (WIDTH - 2) / columns)  # of a matrix, in inches
     figure = Figure(figsize=(WIDTH, 1 + (size + 0.25) * len(strips)), layout="constrained")
     figure.suptitle(title, fontsize=10)
@@ -118,7 +118,7 @@ def draw_strips(strips: Sequence[Strip], title: str, args: argparse.Namespace) -
             axes.set_yticks(ticks if patch == 0 else [])
         offset = f"\noffset {strip.offset:+d}" if strip.offset else "\noffset 0"
         many = f"{columns} of {patches} patches" if patches > columns else f"{patches} patches"
-        label = f"{strip.block}{offset if args.offsets == 'all' else ''}\n{many}"
+        label = f"{strip.block}{offset if any(each.offset for each in strips) else ''}\n{many}"
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     bar = figure.colorbar(shown, ax=figure.axes, shrink=min(1, 2 / (size * len(strips))), aspect=25, pad=0.02)
     bar.set_label("weight")
