@@ -47,9 +47,9 @@ class Trained:
         return self.normalize(torch.stack([self.transform(image) for image in images]).to(self.device))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `load_trained`."""
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint: ours, released, or safetensors")
+def add_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """The options of `load_trained`; `nargs` as argparse has it, for tools that take several checkpoints."""
+    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint: ours, released, or safetensors")
     parser.add_argument("--cfg", metavar="FILE", help="config of the model; ours have it in the checkpoint")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"

@@ -1,0 +1,53 @@
+"""What the figures share."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.sources import IMAGE_FORMATS
+from utils import UserError
+
+WIDTH = 7.0  # of a figure over both columns of a paper, in inches
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least`."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number}: accepted: {least} or more")
+        return number
+
+    parse.__name__ = "whole number"  # what argparse calls it
+    return parse
+
+
+def load_image(path: Path) -> Image.Image:
+    """An RGB image.
+
+    Raises:
+        UserError: the file cannot be read as one.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise nearly everything on damaged bytes
+        raise UserError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    """An image (3, H, W) as matplotlib shows it, (H, W, 3)."""
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def shorten(text: str, most: int, keep_end: bool = False) -> str:
+    """At most so many characters of a name: its beginning, or both ends where, as in a file's, the end tells most."""
+    if len(text) <= most:
+        return text
+    tail = most // 2 if keep_end else 0
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"
