@@ -377,7 +377,7 @@ class Loaded(NamedTuple):
         if self.fresh:
             classes = model.get_parameter(self.fresh[0]).shape[0]
             names = ", ".join(self.fresh)
-            notes.append(f"the classifier ({names}) has another size there: a new one for {classes} classes")
+            notes.append(f"the classifier ({names}) is for other classes there: a new one for {classes} classes")
         return notes
 
 
@@ -388,6 +388,7 @@ def load_weights(
     new_classifier: bool = False,
     ema: bool = True,
     same_size: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> Loaded:
     """Loads the weights of a checkpoint into the model, all of them, resampled if they are for images of another size.
 
@@ -395,7 +396,8 @@ def load_weights(
         model: not wrapped.
         content: what `read_checkpoint` gave; released or ours.
         path: for messages.
-        new_classifier: a classifier of another size keeps its fresh initialisation.
+        new_classifier: whether a classifier for other classes keeps its fresh initialisation: for another number of
+            them, or others than `classes`, if the checkpoint names its own.
         ema: see `find_weights`.
         same_size: whether to refuse weights for images of another size.
 
@@ -418,7 +420,9 @@ def load_weights(
     expected = model.state_dict()
     head = classifier_names(model)
     fresh = []
-    if new_classifier and any(n in weights and weights[n].shape != expected[n].shape for n in head):
+    other_classes = classes is not None and content.get("classes", classes) != list(classes)
+    other_classes |= any(n in weights and weights[n].shape != expected[n].shape for n in head)
+    if new_classifier and other_classes:
         fresh = head
         weights = {name: value for name, value in weights.items() if name not in head}
 
@@ -465,10 +469,10 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(n[:200] if n.isprintable() else ascii(n[:200]) for n in names[:5]) + more
 
 
-def load_pretrained(model: nn.Module, path: str | Path, logger: Logger) -> None:
-    """Loads weights to fine-tune from (`--pretrained`). A classifier of another size starts anew, weights for images of
-    another size are resampled; the log says so."""
-    loaded = load_weights(model, read_checkpoint(path), path, new_classifier=True)
+def load_pretrained(model: nn.Module, path: str | Path, logger: Logger, classes: Sequence[str] | None = None) -> None:
+    """Loads weights to fine-tune from (`--pretrained`). A classifier for other classes than `classes` starts anew,
+    weights for images of another size are resampled; the log says so."""
+    loaded = load_weights(model, read_checkpoint(path), path, new_classifier=True, classes=classes)
     for line in (f"pretrained weights from {path}", *loaded.notes(model)):
         logger.info(line)
 

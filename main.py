@@ -131,13 +131,14 @@ def fit(
     # -----------------------------------------------------------------------------------------------------------------
     # Where to start: this run's own newest checkpoint, or else --resume, or else --pretrained, or else fresh
     # -----------------------------------------------------------------------------------------------------------------
+    classes = [printable(name) for name in train_loader.dataset.source.classes]
     content, path = find_start(config, folder, world, logger)
     is_own = path is not None and path.parent == folder.path
     if content:
         load_weights(model, content, path, ema=False, same_size=True)
         log_resume(config, content, path, logger)
     elif config.MODEL.PRETRAINED:
-        load_pretrained(model, config.MODEL.PRETRAINED, logger)
+        load_pretrained(model, config.MODEL.PRETRAINED, logger, classes)
     if is_own:
         for named in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
             message = f"{named} is not read, because the run goes on from {path}; to start from it, give a new --tag"
@@ -168,7 +169,6 @@ def fit(
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
-    classes = [printable(name) for name in train_loader.dataset.source.classes]
     state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp, classes, ema)
     images = len(train_loader.dataset)
     logger.info(

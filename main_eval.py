@@ -16,6 +16,7 @@ import torch
 from checkpoint import CheckpointError, load_weights, read_checkpoint
 from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
+from data.sources import printable
 from distributed import World, close_world, init_world, lost_processes_named
 from engine import LoadingFailed, evaluate, resolve_amp, throughput
 from logger import ALL_RANKS, create_logger, json_numbers
@@ -77,9 +78,13 @@ def run(
         logger.info(f"throughput {result['images_per_second']:.1f} images/s per process at batch {len(images)}, {amp}")
     else:
         path = find_checkpoint(config, checkpoint)
-        loaded = load_weights(model, read_checkpoint(path), path)
+        content = read_checkpoint(path)
+        loaded = load_weights(model, content, path)
         for line in (f"weights from {path}", *loaded.notes(model)):
             logger.info(line)
+        if content.get("classes", source.classes) != [printable(name) for name in source.classes]:
+            message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"
+            logger.warning(message, extra=ALL_RANKS)
         prepare_model(config, model, world.device)
         try:
             result = {"checkpoint": str(path), **evaluate(config, model, loader, world, logger)}

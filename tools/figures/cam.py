@@ -35,7 +35,7 @@ class Evidence:
     """For a class in an image.
 
     Attributes:
-        image: (S, S, 3) uint8, as the model gets it but for the normalisation.
+        image: (H, W, 3) uint8, as the model gets it but for the normalisation.
         map: (h, w).
         probability: of the class.
     """
@@ -133,7 +133,7 @@ def draw_evidence(found: Sequence[Evidence], classes: Sequence[str], stage: int 
     largest = max(np.abs(each.map).max() for each in found)
     panels = figure.subplots(len(found), 2, squeeze=False)
     for (left, right), each in zip(panels, found, strict=True):
-        size = each.image.shape[0]
+        height, width, _ = each.image.shape
         left.imshow(each.image)
         left.set_title(shorten(each.name, 28, keep_end=True))
         right.imshow(each.image.mean(axis=2), cmap="gray", vmin=0, vmax=255)
@@ -143,7 +143,7 @@ def draw_evidence(found: Sequence[Evidence], classes: Sequence[str], stage: int 
             scale |= {"vmin": -largest, "vmax": largest}
         # Between the tokens' centres, as bilinear resizing to the image's size would.
         shown = right.imshow(
-            values, alpha=0.6, interpolation="bilinear", extent=(-0.5, size - 0.5, size - 0.5, -0.5), **scale
+            values, alpha=0.6, interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5), **scale
         )
         right.set_title(f"{shorten(classes[each.label], 20)}: {each.probability:.2f}")
         for axes in (left, right):

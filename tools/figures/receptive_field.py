@@ -36,6 +36,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
+from config import image_size
 from distributed import init_world
 from utils import UserError
 
@@ -146,9 +147,9 @@ def stage_maps(subject: Subject, images: Tensor) -> Sequence[Tensor]:
 
 def of_checkpoint(path: Path, args: argparse.Namespace) -> Subject:
     model = trained.load_trained(argparse.Namespace(**{**vars(args), "checkpoint": path}))
-    size = model.config.DATA.IMG_SIZE
+    size = image_size(model.config)
     weights = "/".join(path.resolve().parts[-2:])  # TAG/best.pth
-    return Subject(model.config.MODEL.NAME, weights, model.model, (size, size), model.device, model.preprocess)
+    return Subject(model.config.MODEL.NAME, weights, model.model, size, model.device, model.preprocess)
 
 
 def of_timm(name: str, seed: int, device: torch.device) -> Subject:
