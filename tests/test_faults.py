@@ -48,6 +48,9 @@ def assert_same_end(a: Path, b: Path) -> None:
         x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         assert list(x["model"]) == list(y["model"])
         assert [n for n in x["model"] if not torch.equal(x["model"][n], y["model"][n])] == []
+        averages = [content.get("model_ema", {}) for content in (x, y)]
+        assert averages[0].keys() == averages[1].keys()
+        assert [n for n in averages[0] if not torch.equal(averages[0][n], averages[1][n])] == []
         torch.testing.assert_close(x["optimizer"]["state"], y["optimizer"]["state"], rtol=0, atol=0)
         for key in ("scaler", "epoch", "best"):
             assert x[key] == y[key]
@@ -84,23 +87,24 @@ def augmented(tmp_path_factory) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("processes", "workers", "amp", "accumulation"),
+    ("processes", "workers", "amp", "accumulation", "fine_tuning"),
     [
-        (1, 0, "off", 1),
-        (1, 2, "off", 3),
-        (1, 2, "bfloat16", 1),
-        (1, 0, "float16", 2),
-        (2, 0, "off", 1),
-        (2, 2, "on", 2),
-        (3, 0, "off", 1),
+        (1, 0, "off", 1, ()),
+        (1, 2, "off", 3, ()),
+        (1, 2, "bfloat16", 1, ("TRAIN.EMA_DECAY", 0.9, "TRAIN.LAYER_DECAY", 0.8, "TRAIN.FREEZE", "stages.1")),
+        (1, 0, "float16", 2, ()),
+        (2, 0, "off", 1, ("TRAIN.EMA_DECAY", 0.9)),
+        (2, 2, "on", 2, ()),
+        (3, 0, "off", 1, ()),
     ],
 )
 def test_a_run_killed_again_and_again_ends_as_one_never_stopped(
-    processes, workers, amp, accumulation, augmented, tmp_path
+    processes, workers, amp, accumulation, fine_tuning, augmented, tmp_path
 ):
     """SIGTERM and SIGKILL in turn, at random steps; on two processes, to either of them."""
     flags = ("--amp", amp, "--accumulation-steps", accumulation, "--batch-size", (8, 8, 4, 2)[processes], "--output")
     opts = ("--opts", *TINY, *TWO_EPOCHS, "DATA.NUM_WORKERS", workers, "TRAIN.BASE_LR", 0.02)
+    opts += fine_tuning
     opts += ("TIMEOUT", 60)  # gloo does not always notice that a process was killed: then the watchdog ends the others
     for run in start(processes, *augmented, *flags, tmp_path / "a", *opts):
         assert run.wait() == 0, run.stderr

@@ -23,6 +23,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 NOT_A_CLASS = "BACKGROUND_Google"
 
 EXAMPLE = """\
@@ -122,16 +124,20 @@ def write_split(source: Path, output: Path, train: FilesByClass, val: FilesByCla
     with tempfile.TemporaryDirectory(prefix=".split-", dir=output.parent) as temporary:
         # One level down, since the temporary folder itself can be read by its owner only.
         staged = Path(temporary) / "split"
-        for part, files_by_class in (("train", train), ("val", val)):
-            for class_name, names in files_by_class.items():
-                target = staged / part / class_name
-                target.mkdir(parents=True)
-                for name in names:
-                    if mode == "copy":
-                        shutil.copyfile(source / class_name / name, target / name)
-                    else:
-                        # Resolved, since a hard link to a relative symbolic link would point nowhere.
-                        os.link((source / class_name / name).resolve(), target / name)
+        parts = [
+            (part, class_name, names)
+            for part, files_by_class in (("train", train), ("val", val))
+            for class_name, names in files_by_class.items()
+        ]
+        for part, class_name, names in tqdm(parts, desc="classes", leave=False, dynamic_ncols=True, disable=None):
+            target = staged / part / class_name
+            target.mkdir(parents=True)
+            for name in names:
+                if mode == "copy":
+                    shutil.copyfile(source / class_name / name, target / name)
+                else:
+                    # Resolved, since a hard link to a relative symbolic link would point nowhere.
+                    os.link((source / class_name / name).resolve(), target / name)
         # On POSIX this replaces an empty folder and fails on one that was filled in the meantime.
         os.replace(staged, output)
 

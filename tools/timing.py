@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from contenders import Step
+from tqdm import tqdm
 
 SHORTEST = 0.05  # seconds that a timing should last, so that the clock and the wait for the device do not show
 FEWEST_ROUNDS = 3
@@ -94,7 +95,7 @@ def interleave(
         on_round: told the order of each round.
     """
     deadline = time.perf_counter() + budget
-    for number in range(rounds):
+    for number in tqdm(range(rounds), desc="rounds", leave=False, dynamic_ncols=True, disable=None):
         if not steps or (number >= FEWEST_ROUNDS and time.perf_counter() > deadline):
             return
         order = rotated(list(steps), number)

@@ -1,0 +1,293 @@
+"""Fine-tuning and transfer: frozen parts, layer-wise learning rates, moving averages, parts of the data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, TINY, python
+from timm.optim import param_groups_layer_decay
+
+import models
+from checkpoint import read_checkpoint
+from config import get_default_config, load_config
+from data import build_sources
+from data.build import select
+from data.sources import DataError
+from distributed import World
+from models import freeze, train_mode
+from models.strip_mlp import released_state_dict
+from optimizer import build_optimizer, learning_rate, param_groups
+from utils import UserError
+
+CFG = "configs/strip_mlp_pico_digits.yaml"
+RUN = "strip_mlp_pico_digits"
+# Four steps of an epoch, on one class of two.
+SHORT = (*TINY, "DATA.IMAGES_PER_CLASS", 8, "DATA.BATCH_SIZE", 20, "PRINT_FREQ", 1, "SEED", 3)
+
+
+def tiny(**kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_classes": 3}
+    return timm.create_model("strip_mlp_pico", **{**options, **kwargs})
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# Frozen parts
+
+
+def test_freeze():
+    model = tiny()
+    freeze(model, "none")
+    assert trained(model) == {name for name, _ in model.named_parameters()}
+    freeze(model, "patch_embed, stages.0,merging.0")
+    frozen = {name for name, _ in model.named_parameters()} - trained(model)
+    assert frozen == {
+        name for name, _ in model.named_parameters() if name.startswith(("patch_embed.", "stages.0.", "merging.0."))
+    }
+    freeze(model, "backbone")
+    assert trained(model) == {"head.fc.weight", "head.fc.bias"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "sparse_mlp_tiny"])
+def test_freeze_the_backbone_of_other_models(name):
+    model = timm.create_model(name, num_classes=3)
+    freeze(model, "backbone")
+    assert len(trained(model)) == 2 and all(p.shape[0] == 3 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        (
+            "stages.7",
+            r"names 'stages\.7', which StripMLP does not have; accepted: none, backbone, .*patch_embed, stages",
+        ),
+        ("stages.0,", "names ''"),
+        ("", "names ''"),
+        ("patch_embed,stages,merging,norm,head,shortcut_2to3,shortcut_2to4,shortcut_3to4", "leaves nothing to train"),
+    ],
+)
+def test_freeze_what_is_not_there(what, message):
+    with pytest.raises(ValueError, match=message):
+        freeze(tiny(), what)
+
+
+def test_train_mode():
+    """Frozen parts neither move their statistics nor drop branches; the others do."""
+    model = tiny(drop_path_rate=0.5)
+    freeze(model, "stages.0,stages.3")
+    model.eval()
+    train_mode(model)
+    in_training = {name for name, module in model.named_modules() if module.training}
+    assert not [name for name in in_training if name.startswith(("stages.0", "stages.3"))]
+    assert {"", "stages", "stages.1", "stages.1.0.drop_path", "stages.1.0.token_mixing.norm", "norm"} <= in_training
+    train_mode(freeze_nothing := tiny())
+    assert all(module.training for module in freeze_nothing.modules())
+
+
+# Layers' learning rates
+
+
+@pytest.mark.parametrize("name", ["strip_mlp_pico", "vit_tiny_patch16_224"])
+def test_layer_decay_gives_the_rates_that_timm_gives(name):
+    model = timm.create_model(name)
+    exempt = getattr(model, "no_weight_decay", set)()
+    expected = {}
+    for group in param_groups_layer_decay(model, 0.05, no_weight_decay_list=exempt, layer_decay=0.7):
+        expected |= {id(p): group["lr_scale"] for p in group["params"]}
+    groups = param_groups(model, 0.05, layer_decay=0.7)
+    assert {id(p): group["lr_scale"] for group in groups for p in group["params"]} == pytest.approx(expected)
+    plain = {id(p): group["weight_decay"] for group in param_groups(model, 0.05) for p in group["params"]}
+    assert {id(p): group["weight_decay"] for group in groups for p in group["params"]} == plain
+    assert all(group["params"] for group in groups)
+    assert [group["lr_scale"] for group in groups] == sorted(group["lr_scale"] for group in groups)
+
+
+def test_layer_decay_needs_layers():
+    with pytest.raises(UserError, match=r"TRAIN\.LAYER_DECAY is 0\.5, but Linear does not say.*accepted: 1"):
+        param_groups(torch.nn.Linear(2, 2), 0.0, layer_decay=0.5)
+
+
+def test_the_schedule_keeps_the_layers_rates():
+    from lr_scheduler import build_scheduler
+
+    config = get_default_config()
+    config.TRAIN.LAYER_DECAY = 0.5
+    model = tiny()
+    optimizer = build_optimizer(config, model, 0.1)
+    scheduler = build_scheduler(config, optimizer, steps_per_epoch=10, scale=1.0)
+    scheduler.step_update(20 * 10)  # the end of the warm-up
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    last = 5 + 1  # blocks, and the classifier after them
+    assert learning_rate(optimizer) == rate[id(model.head.fc.weight)] == pytest.approx(0.1)
+    assert rate[id(model.patch_embed.weight)] == pytest.approx(0.1 * 0.5**last)
+
+
+# Parts of the data
+
+
+def digits():
+    return build_sources(get_config_of(CFG), World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))).train
+
+
+def get_config_of(path: str, *opts: str):
+    return load_config(ROOT / path, opts)[0]
+
+
+def test_select():
+    source = digits()
+    assert select(source, "all") is source
+    some = select(source, "7, 3", per_class=5, seed=1)
+    assert some.classes == ["7", "3"] and sorted(some.targets) == [0] * 5 + [1] * 5
+    originals = {source.name(i): source.targets[i] for i in range(len(source))}
+    for index, target in enumerate(some.targets):
+        assert originals[some.name(index)] == (7, 3)[target]
+        name = some.name(index)
+        original = next(i for i in range(len(source)) if source.name(i) == name)
+        assert some.load(index).tobytes() == source.load(original).tobytes()
+    names = [some.name(i) for i in range(10)]
+    assert names == [select(source, "7,3", 5, seed=1).name(i) for i in range(10)]
+    assert names != [select(source, "7,3", 5, seed=2).name(i) for i in range(10)]
+    assert len(select(source, "7")) == source.targets.count(7)
+    assert len(select(source, "all", 4)) == 40
+
+
+def test_select_from_a_file(tmp_path):
+    (tmp_path / "some.txt").write_text("3\n\n 9 \n")
+    assert select(digits(), str(tmp_path / "some.txt")).classes == ["3", "9"]
+    with pytest.raises(DataError, match=r"gone\.txt, which cannot be read"):
+        select(digits(), "gone.txt")
+
+
+@pytest.mark.parametrize(
+    "classes, per_class, message",
+    [
+        ("3,cat", 0, r"DATA\.CLASSES has cat; classes of the data: 0, 1, 2"),
+        ("3,4", 10**6, r"DATA\.IMAGES_PER_CLASS is 1000000, but the training data has 14\d of 3"),
+    ],
+)
+def test_select_what_is_not_there(classes, per_class, message):
+    with pytest.raises(DataError, match=message):
+        select(digits(), classes, per_class)
+
+
+# As a user
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """A checkpoint of digits 0 to 4."""
+    output = tmp_path_factory.mktemp("pretrained")
+    python("main.py", "--cfg", CFG, "--output", output, "--opts", *SHORT, "DATA.CLASSES", "0,1,2,3,4")
+    return output / RUN / "default/best.pth"
+
+
+def fine_tune(output: Path, checkpoint: Path, *opts, classes: str = "5,6,7,8,9"):
+    """A run's last checkpoint, its metrics and what it printed."""
+    command = ("main.py", "--cfg", CFG, "--output", output, "--pretrained", checkpoint)
+    result = python(*command, "--opts", *SHORT, "DATA.CLASSES", classes, *opts)
+    folder = output / RUN / "default"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_checkpoint(folder / "last.pth"), lines, result.stdout
+
+
+def test_linear_probe(pretrained, tmp_path):
+    """The backbone stays as it is, its statistics too; the classifier is a new one, for it is for other classes."""
+    content, metrics, printed = fine_tune(tmp_path, pretrained, "TRAIN.FREEZE", "backbone", "TRAIN.BASE_LR", 1.0)
+    before, after = read_checkpoint(pretrained)["model"], content["model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"head.fc.weight", "head.fc.bias"}
+    assert "is for other classes there: a new one for 5 classes" in printed
+    assert "of which 325 are trained" in printed  # 64 x 5 + 5
+    assert content["classes"] == ["5", "6", "7", "8", "9"] and metrics[0]["train_loss"] > 0
+    assert sum(v["exp_avg"].numel() for v in content["optimizer"]["state"].values()) == 325
+
+
+def test_classifier_for_the_same_classes_is_kept(pretrained, tmp_path):
+    _, _, printed = fine_tune(tmp_path, pretrained, "TRAIN.BASE_LR", 1e-12, classes="0,1,2,3,4")
+    assert "a new one" not in printed
+    after = read_checkpoint(tmp_path / RUN / "default/last.pth")["model"]
+    torch.testing.assert_close(after["head.fc.weight"], read_checkpoint(pretrained)["model"]["head.fc.weight"])
+
+
+def test_layer_decay(pretrained, tmp_path):
+    """Early layers hardly move, and the log says the classifier's rate."""
+    opts = ("TRAIN.LAYER_DECAY", 0.01, "TRAIN.WEIGHT_DECAY", 0.0, "TRAIN.MIN_LR", 0.0)
+    content, metrics, _ = fine_tune(tmp_path, pretrained, *opts)
+    before, after = read_checkpoint(pretrained)["model"], content["model"]
+
+    def moved(name: str) -> float:
+        return (after[name] - before[name]).abs().mean().item()
+
+    assert moved("patch_embed.weight") < 1e-3 * moved("stages.3.0.token_mixing.fuse.weight")
+    assert moved("stages.3.0.token_mixing.fuse.weight") > 0
+    scales = [group["lr_scale"] for group in content["optimizer"]["param_groups"]]
+    assert max(scales) == 1 and min(scales) == pytest.approx(0.01**5)
+    assert metrics[0]["lr"] == max(group["lr"] for group in content["optimizer"]["param_groups"])
+
+
+def test_moving_average(pretrained, tmp_path):
+    """It is what the recurrence gives, what is evaluated, and what main_eval.py takes."""
+    opts = ("TRAIN.EMA_DECAY", 0.5, "SAVE_STEPS", 1, "TRAIN.EPOCHS", 2)
+    content, metrics, printed = fine_tune(tmp_path, pretrained, *opts)
+    last, previous = content, read_checkpoint(tmp_path / RUN / "default/previous.pth")
+    assert last["epoch"] == 2 and previous["progress"]["step"] == 1  # of the two of the last epoch
+    for name, average in last["model_ema"].items():
+        if average.is_floating_point():
+            expected = 0.5 * previous["model_ema"][name] + 0.5 * last["model"][name]
+            torch.testing.assert_close(average, expected, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(not torch.equal(last["model_ema"][name], last["model"][name]) for name in last["model"])
+    assert "moving average; the weights themselves" in printed
+    line = metrics[-1]
+    assert line["val_loss"] != line["val_loss_raw"]
+    average, raw = tmp_path / RUN / "default/last.pth", tmp_path / "raw.pth"
+    python("tools/convert_checkpoint.py", average, raw, "--no-ema")
+    for checkpoint, expected in ((average, "val_loss"), (raw, "val_loss_raw")):
+        json_file = tmp_path / f"{expected}.json"
+        command = ("main_eval.py", "--cfg", CFG, "--resume", checkpoint, "--json", json_file)
+        python(*command, "--opts", *SHORT, "DATA.CLASSES", "5,6,7,8,9")
+        assert json.loads(json_file.read_text())["val_loss"] == pytest.approx(line[expected], rel=1e-6)
+
+
+def test_moving_average_on_a_run_that_had_none(pretrained, tmp_path):
+    """It starts from the weights that are there."""
+    fine_tune(tmp_path, pretrained)
+    content, _, printed = fine_tune(tmp_path, pretrained, "TRAIN.EMA_DECAY", 0.9, "TRAIN.EPOCHS", 2)
+    assert "TRAIN.EMA_DECAY was 0.0, is 0.9" in printed and content["epoch"] == 2
+    assert content["model_ema"].keys() == content["model"].keys()
+
+
+def test_evaluation_warns_of_other_classes(pretrained):
+    result = python("main_eval.py", "--cfg", CFG, "--resume", pretrained, "--opts", *SHORT, "DATA.CLASSES", "5,6,7,8,9")
+    assert "was trained on classes of other names" in result.stdout
+    result = python("main_eval.py", "--cfg", CFG, "--resume", pretrained, "--opts", *SHORT, "DATA.CLASSES", "0,1,2,3,4")
+    assert "of other names" not in result.stdout
+
+
+def test_errors(tmp_path):
+    for opts, message in (
+        (("TRAIN.FREEZE", "stages.9"), "TRAIN.FREEZE names 'stages.9'"),
+        (("TRAIN.LAYER_DECAY", "1.5"), "TRAIN.LAYER_DECAY is 1.5; accepted: more than 0, to 1"),
+        (("TRAIN.EMA_DECAY", "1"), "TRAIN.EMA_DECAY is 1.0; accepted: 0 to less than 1"),
+        (("DATA.CLASSES", "0,cat"), "DATA.CLASSES has cat"),
+    ):
+        result = python("main.py", "--cfg", CFG, "--output", tmp_path, "--opts", *TINY, *opts, ok=False)
+        assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("configs/finetune/*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes(path):
+    """They load, and their models can be built."""
+    config, notes = load_config(path, ["DATA.DATA_PATH", "anywhere", "MODEL.NUM_CLASSES", "3"])
+    assert not notes
+    with torch.device("meta"):
+        model = models.build_model(config)
+    freeze(model, config.TRAIN.FREEZE)
+    assert param_groups(model, 0.05, config.TRAIN.LAYER_DECAY)
