@@ -52,7 +52,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from data import digit_sources
 from data.sources import Source
 from utils import UserError, run_entry_point, seed_all, writing_to
@@ -65,6 +65,7 @@ TRIES = 10  # to find room for a digit
 FPN_CHANNELS = 64
 SHOWN_CANVASES = 8
 SHOWN_SCORE = 0.5
+TRUTH_COLOR = "white"
 WEIGHT_DECAY = 0.05
 CLIP_GRAD = 5.0
 
@@ -134,6 +135,7 @@ def faster_rcnn(backbone: DetectionBackbone, num_classes: int, size: tuple[int, 
     return FasterRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(sizes, ((1.0, 2.0),) * len(sizes)),
+        # Fewer proposals than for photographs.
         rpn_pre_nms_top_n_train=500,
         rpn_pre_nms_top_n_test=500,
         rpn_post_nms_top_n_train=200,
@@ -414,8 +416,7 @@ def draw_box(axes, box: Tensor, text: str, colour: str, is_truth: bool) -> None:
     style = {"linestyle": "--", "linewidth": 1.2} if is_truth else {"linewidth": 1.8}
     # Pixels are centred on whole numbers, boxes are between pixels.
     axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour, **style))
-    place = (right, bottom, "right", "top") if is_truth else (left, top, "left", "bottom")
-    x, y, horizontal, vertical = place
+    x, y, horizontal, vertical = (right, bottom, "right", "top") if is_truth else (left, top, "left", "bottom")
     label = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
     axes.text(x, y, text, fontsize=8, color="black", ha=horizontal, va=vertical, bbox=label)
 
@@ -426,9 +427,8 @@ def draw(canvases: Dataset, found: Sequence[Target], classes: Sequence[str]) -> 
     columns = min(4, count)
     rows = math.ceil(count / columns)
     height, width = canvases.size
-    figure = Figure(figsize=(3 * columns, 3 * rows * height / width + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(3 * columns, 5), 3 * rows * height / width + 0.7), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-    truth_colour = "white"
     for index, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
         if index >= count:
@@ -439,9 +439,9 @@ def draw(canvases: Dataset, found: Sequence[Target], classes: Sequence[str]) -> 
             if score >= SHOWN_SCORE:
                 draw_box(axes, box, f"{classes[label - 1]}  {score:.2f}", SECOND_COLOR, is_truth=False)
         for box, label in zip(target["boxes"], target["labels"], strict=True):
-            draw_box(axes, box, classes[label - 1], truth_colour, is_truth=True)
+            draw_box(axes, box, classes[label - 1], TRUTH_COLOR, is_truth=True)
     handles = [
-        Line2D([], [], color=truth_colour, linestyle="--", label="true"),
+        Line2D([], [], color=TRUTH_COLOR, linestyle="--", label="true"),
         Line2D([], [], color=SECOND_COLOR, label=f"found, with a score of {SHOWN_SCORE} or more"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=11, facecolor="#808080")
@@ -521,6 +521,23 @@ def prepare_folder(folder: Path) -> None:
             raise UserError(f"--output {folder}: has {name} of an earlier run; choose another folder, or remove it")
 
 
+def circumstances(device: torch.device) -> dict[str, dict[str, Any]]:
+    """What the results depend on besides the settings."""
+    libraries = ("torch", "torchvision", "timm", "pycocotools", "scikit-learn")
+    return {
+        "machine": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in libraries},
+            "commit": commit(),
+        },
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     load_pycocotools()
@@ -554,7 +571,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision["the detector after training"] = average_precision(truth, found, classes)
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    libraries = ("torch", "torchvision", "timm", "pycocotools", "scikit-learn")
     results = {
         "command": shlex.join(["python", "tools/detection_demo.py", *(sys.argv[1:] if argv is None else argv)]),
         "settings": settings,
@@ -566,22 +582,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "backbone": sum(p.numel() for p in detector.backbone.body.parameters()),
             "detector": sum(p.numel() for p in detector.parameters()),
         },
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in libraries},
-            "commit": commit(),
-        },
+        **circumstances(device),
     }
+    state = {"model": detector.state_dict(), "settings": settings, "classes": classes}
+    save_checkpoint(state, args.output / "detector.pth")
     with writing_to(args.output):
         (args.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         save_small(draw(validation, found, classes), args.output / "detections.png")
-        state = {"model": detector.state_dict(), "settings": settings, "classes": classes}
-        torch.save(state, args.output / "detector.pth")
     rows = [(name, *(f"{ap[key]:.3f}" for key in ("AP", "AP50", "AP75"))) for name, ap in precision.items()]
     print(markdown((f"{args.val_images} validation canvases", "AP", "AP50", "AP75"), rows))
     print(f"trained for {seconds:.0f} s; written to {args.output}: {', '.join(FILES)}")
