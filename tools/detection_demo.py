@@ -106,7 +106,7 @@ def retinanet(backbone: DetectionBackbone, num_classes: int, size: tuple[int, in
     # Three scales per octave as in the paper, from twice the stride on instead of four times: small objects.
     sizes = tuple(tuple(round(2 * stride * 2 ** (i / 3)) for i in range(3)) for stride in backbone.strides)
     anchors = AnchorGenerator(sizes, ((1.0, 2.0),) * len(sizes))
-    # The head is shared by all levels, whose statistics differ; without a norm it is slow to train from scratch.
+    # With group norms, as in torchvision's retinanet_resnet50_fpn_v2, because nothing here is pretrained.
     norm = partial(nn.GroupNorm, 16)
     head = RetinaNetHead(backbone.out_channels, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return RetinaNet(
@@ -557,6 +557,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_backbone(detector, args.model, args.size, args.checkpoint)
     detector.to(device)
     prepare_folder(args.output)
+    about = circumstances(device)
 
     precision = {
         name: average_precision(truth, found, classes)
@@ -582,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "backbone": sum(p.numel() for p in detector.backbone.body.parameters()),
             "detector": sum(p.numel() for p in detector.parameters()),
         },
-        **circumstances(device),
+        **about,
     }
     state = {"model": detector.state_dict(), "settings": settings, "classes": classes}
     save_checkpoint(state, args.output / "detector.pth")
