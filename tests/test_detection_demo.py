@@ -142,19 +142,19 @@ def test_average_precision_of_the_truth_is_1_and_of_boxes_beside_it_0():
 
 def test_average_precision_by_hand():
     # One of two found: precision 1 up to a recall of 0.5, which is 51 of COCO's 101 recalls.
-    truth = [truth_of((0, 0, 50, 10)), truth_of((0, 0, 50, 10))]
+    truth = [truth_of((20, 30, 70, 40)), truth_of((20, 30, 70, 40))]
     found = [{**truth[0], "scores": torch.tensor([0.9])}, {**truth_of(), "boxes": torch.empty(0, 4)}]
     found[1]["scores"] = torch.empty(0)
     assert average_precision(truth, found, ["x"])["AP"] == pytest.approx(51 / 101)
 
     # An IoU of 0.62 is enough for three of the ten thresholds.
-    found = [{**truth_of((0, 0, 31, 10)), "scores": torch.tensor([0.9])}] * 2
+    found = [{**truth_of((20, 30, 51, 40)), "scores": torch.tensor([0.9])}] * 2
     result = average_precision(truth, found, ["x", "y"])
     assert [result[key] for key in ("AP", "AP50", "AP75")] == pytest.approx([0.3, 1, 0])
     assert result["AP by class"] == pytest.approx({"x": 0.3})
 
     # A wrong box before the right one: precision 1/2 at every recall; after it, it costs nothing.
-    both = truth_of((60, 60, 70, 70), (0, 0, 50, 10))
+    both = truth_of((60, 60, 70, 72), (20, 30, 70, 40))
     for scores, expected in (([0.9, 0.5], 0.5), ([0.5, 0.9], 1)):
         found = [{**both, "scores": torch.tensor(scores)}]
         assert average_precision(truth[:1], found, ["x"])["AP"] == pytest.approx(expected)
@@ -205,7 +205,9 @@ def test_training_fits_a_few_canvases(name):
     detector = build_detector(name, "strip_mlp_pico", (64, 64), num_classes=11)
     few = canvases(4, size=(64, 64))
     args = detection_demo.parse_args([*SMALL[:-4], "--images", "4", "--epochs", "30"])
+    before = {name: value.clone() for name, value in detector.named_parameters()}
     losses = train(detector, few, args, torch.device("cpu"))
+    assert not [name for name, value in detector.named_parameters() if torch.equal(value, before[name])]
     assert len(losses) == 30
     assert losses[-1] < 0.4 * losses[0]
     found = detect(detector, few, 4, torch.device("cpu"), "")
