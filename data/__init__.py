@@ -1,6 +1,6 @@
 """Data: sources of labelled images, transforms, loaders."""
 
-from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes
+from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes, digit_sources
 from .dataset import Sample
 from .device import build_batch_transform, build_normalize
 from .transforms import build_mixup
@@ -14,4 +14,5 @@ __all__ = [
     "build_sources",
     "build_train_loader",
     "check_num_classes",
+    "digit_sources",
 ]

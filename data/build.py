@@ -33,7 +33,7 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     """
     name = config.DATA.DATASET
     if name == "digits":
-        splits = _digits()
+        splits = digit_sources()
     elif name in ("CIFAR10", "CIFAR100"):
         with main_process_first(world):
             splits = {is_train: _cifar(config, is_train) for is_train in (True, False)}
@@ -201,8 +201,8 @@ def _cifar(config, is_train: bool) -> Source:
     return ArraySource(data.data, data.targets, data.classes, title)
 
 
-def _digits() -> dict[bool, Source]:
-    """scikit-learn's handwritten digits (8 x 8, grey), 80 / 20, stratified, always the same split."""
+def digit_sources() -> dict[bool, Source]:
+    """scikit-learn's handwritten digits (8 x 8, grey), 80 / 20, stratified, always the same split; True: training."""
     from sklearn.datasets import load_digits  # a second to import, for this data set only
     from sklearn.model_selection import train_test_split
 
