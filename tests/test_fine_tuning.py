@@ -280,9 +280,28 @@ def test_errors(tmp_path):
         assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parent.parent.glob("configs/finetune/*.yaml")), ids=lambda p: p.stem
-)
+def test_imagenet_checkpoint_to_a_folder_of_images(image_folder, tmp_path):
+    """The recipes as the README has them, from a released checkpoint of a model that is small but for its classes."""
+    small = ("MODEL.STRIP_MLP.EMBED_DIM", 8, "MODEL.STRIP_MLP.LAYERS", "[1,1,1,1]", "DATA.NUM_WORKERS", 0)
+    small += ("TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    torch.manual_seed(0)
+    model = timm.create_model("strip_mlp_tiny", embed_dim=8, depths=(1, 1, 1, 1))  # 224 x 224, 1000 classes
+    torch.save({"model": released_state_dict(model), "epoch": 299}, tmp_path / "released.pth")
+    for recipe, size in (("smlp_tiny_224", 224), ("smlp_tiny_384", 384), ("smlp_tiny_linear_probe", 224)):
+        command = ("main.py", "--cfg", f"configs/finetune/{recipe}.yaml", "--data-path", image_folder)
+        command += ("--pretrained", tmp_path / "released.pth", "--output", tmp_path, "--batch-size", 8)
+        result = python(*command, "--opts", *small)
+        assert "a new one for 2 classes" in result.stdout
+        assert (f"resampled from 224 x 224 to {size} x {size} pixels" in result.stdout) == (size != 224)
+    best = tmp_path / "smlp_tiny_finetune_224/default/best.pth"
+    predicted = python("tools/predict.py", best, image_folder / "val", "--top-k", 1, "--format", "csv")
+    assert predicted.stdout.count("class") >= 7
+
+
+RECIPES = [*(ROOT / "configs/finetune").glob("*.yaml"), *(ROOT / "configs/transfer_digits").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.stem)
 def test_recipes(path):
     """They load, and their models can be built."""
     config, notes = load_config(path, ["DATA.DATA_PATH", "anywhere", "MODEL.NUM_CLASSES", "3"])
