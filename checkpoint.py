@@ -325,11 +325,17 @@ def _some(names: Iterable) -> str:
     return ", ".join(map(legible, itertools.islice(names, 8)))
 
 
-def convert_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the model's own names: the `checkpoint_filter_fn` beside the model's class, timm's convention,
-    knows the released ones."""
+def convert_weights(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The weights of the file `path` under the model's own names: the `checkpoint_filter_fn` beside the model's class,
+    timm's convention, knows the released ones."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return convert(weights, model) if convert else weights
+    try:
+        return convert(weights, model) if convert else weights
+    except Exception as error:  # the conversion knows what released files are like
+        raise CheckpointError(
+            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
+            f"{_reason(error)}"
+        ) from error
 
 
 def classifier_names(model: nn.Module) -> list[str]:
@@ -357,14 +363,7 @@ def load_weights(
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
-    weights = find_weights(content, path, ema)
-    try:
-        weights = convert_weights(weights, model)
-    except Exception as error:  # the conversion knows what released files are like
-        raise CheckpointError(
-            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
-            f"{_reason(error)}"
-        ) from error
+    weights = convert_weights(find_weights(content, path, ema), model, path)
     expected = model.state_dict()
     head = classifier_names(model)
     fresh = []

@@ -126,7 +126,7 @@ def count_classes(weights: Mapping[str, Tensor], config, path: Path) -> int:
         model = build(config)
     classifier = model.get_classifier()
     name = next(name for name, module in model.named_modules() if module is classifier)
-    bias = convert_weights(dict(weights), model).get(f"{name}.bias")
+    bias = convert_weights(dict(weights), model, path).get(f"{name}.bias")
     if bias is None or bias.ndim != 1:
         raise CheckpointError(f"{path}: has no classifier ({name}.bias) that would say how many classes there are")
     return len(bias)
