@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError
@@ -232,6 +232,8 @@ def decode(encoded: bytes, name: str) -> Image.Image:
             if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
+    except UnidentifiedImageError as error:  # whose message names the buffer
+        raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
         raise UnreadableImage(f"{name}: {error}") from error
 
