@@ -254,7 +254,8 @@ def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         DataError: a link leads to one of them, or to one around it, where there would be no end.
     """
     for folder, _, files in os.walk(top, followlinks=True):
-        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        # Of a path such as "." or "images/", only the absolute one says what is around it.
+        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
         other = found.setdefault(real, folder)
         if other != folder:
             both = f"{printable(other)} and {printable(folder)}"
