@@ -234,6 +234,26 @@ FORMATS = {
 }
 
 
+@contextmanager
+def exporting(name: str, form: str):
+    """Inside, `write_onnx` and `write_program` do not warn, and their errors are UserErrors."""
+    try:
+        with quiet():
+            yield
+    except OSError:  # the disk's
+        raise
+    except Exception as error:  # an exporter's own, of whatever went wrong inside
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = (str(cause).splitlines() or [""])[0]
+        (other,) = set(FORMATS) - {form}
+        raise UserError(
+            f"torch {torch.__version__} cannot export {name} with --format {form} ({type(cause).__name__}: {reason}); "
+            f"accepted: --format {other}, or newer versions of torch and onnxscript"
+        ) from error
+
+
 @torch.inference_mode()
 def largest_difference(one: Form, other: Form, size: int) -> float:
     """Between their logits for random images, in batches of several sizes; NaN if there is one among them."""
@@ -284,26 +304,9 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
         bar.set_description("export")
         path = Path(folder, f"exported{output.suffix}")
         model = prepare(trained, args.reparameterize, args.normalize)
-        try:
-            with quiet():
-                write(
-                    model,
-                    before(random_images(size, TRACED_BATCH)),
-                    path,
-                    metadata(trained, args.reparameterize, args.normalize),
-                )
-        except OSError:
-            raise
-        except Exception as error:  # an exporter's own, of whatever went wrong inside
-            cause: BaseException = error
-            while cause.__cause__:
-                cause = cause.__cause__
-            reason = (str(cause).splitlines() or [""])[0]
-            raise UserError(
-                f"torch {torch.__version__} cannot export {trained.config.MODEL.NAME} with --format {args.format} "
-                f"({type(cause).__name__}: {reason}); accepted: {' or '.join(set(FORMATS) - {args.format})}, or newer "
-                "versions of torch and onnxscript"
-            ) from error
+        properties = metadata(trained, args.reparameterize, args.normalize)
+        with exporting(trained.config.MODEL.NAME, args.format):
+            write(model, before(random_images(size, TRACED_BATCH)), path, properties)
         bar.update()
 
         bar.set_description("check")
