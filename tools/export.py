@@ -166,6 +166,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, properties: Mapping
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # from which lines of whose source code it came: a fifth of a small file
     program.model.metadata_props.update(properties)
     program.save(path)
 
