@@ -17,7 +17,7 @@ import shutil
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from logging import Logger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -325,12 +325,25 @@ def _some(names: Iterable) -> str:
     return ", ".join(map(legible, itertools.islice(names, 8)))
 
 
-def convert_weights(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the model's own names, for images of whatever size: beside the model's class, `rename_released`
-    knows the released names, or else `checkpoint_filter_fn`, timm's convention, does."""
+@contextlib.contextmanager
+def _converting(model: nn.Module, path: str | Path) -> Iterator[None]:
+    """Inside, whatever is raised is a CheckpointError: conversions know what files of their kind are like, no others."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def convert_weights(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """The weights of the file `path` under the model's own names, for images of whatever size: beside the model's
+    class, `rename_released` knows the released names, or else `checkpoint_filter_fn`, timm's convention, does."""
     module = sys.modules[type(model).__module__]
     convert = getattr(module, "rename_released", None) or getattr(module, "checkpoint_filter_fn", None)
-    return convert(weights, model) if convert else weights
+    with _converting(model, path):
+        return convert(weights, model) if convert else weights
 
 
 def classifier_names(model: nn.Module) -> list[str]:
@@ -349,7 +362,7 @@ def count_classes(model: nn.Module, content: Mapping, path: str | Path, ema: boo
     Raises:
         CheckpointError: it has no weights, or no classifier.
     """
-    weights = convert_weights(find_weights(content, path, ema), model)
+    weights = convert_weights(find_weights(content, path, ema), model, path)
     for name in classifier_names(model):
         if name in weights and weights[name].ndim:
             return len(weights[name])
@@ -404,19 +417,13 @@ def load_weights(
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
-    weights = find_weights(content, path, ema)
+    weights = convert_weights(find_weights(content, path, ema), model, path)
     img_size = None
-    try:
-        weights = convert_weights(weights, model)
-        if hasattr(model, "resample"):
+    if hasattr(model, "resample"):
+        with _converting(model, path):
             size = model.input_size_of(weights)
             img_size = size if size != model.img_size else None
             weights = weights if same_size else model.resample(weights)
-    except Exception as error:  # the conversion knows what released files are like
-        raise CheckpointError(
-            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
-            f"{_reason(error)}"
-        ) from error
     expected = model.state_dict()
     head = classifier_names(model)
     fresh = []

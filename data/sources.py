@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError
@@ -58,11 +58,7 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A source of encoded files, which `read` gives as bytes.
-
-    Of animated and multi-page files the first image counts; transparency is dropped; of 16-bit grey the upper 8 bits
-    are kept.
-    """
+    """A source of encoded files, which `read` gives as bytes."""
 
     def __init__(self) -> None:
         self._cached: dict[int, bytes] = {}
@@ -80,15 +76,7 @@ class FileSource(Source):
 
     def load(self, index: int) -> Image.Image:
         encoded = self._cached.get(index)
-        if encoded is None:
-            encoded = self.read(index)
-        try:
-            with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-                if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
-        except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
-            raise UnreadableImage(f"{self.name(index)}: {error}") from error
+        return decode(self.read(index) if encoded is None else encoded, self.name(index))
 
 
 class FolderSource(FileSource):
@@ -108,10 +96,9 @@ class FolderSource(FileSource):
         self.targets, self._paths = [], []
         found = {os.path.realpath(root): str(root)}
         for label, name in enumerate(self.classes):
-            for folder, files in sorted(_walk(os.path.join(root, name), found)):
-                images = [os.path.join(folder, file) for file in sorted(files) if _is_image(file)]
-                self._paths += images
-                self.targets += [label] * len(images)
+            images = find_images(os.path.join(root, name), found)
+            self._paths += images
+            self.targets += [label] * len(images)
         empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
         if empty:
             raise DataError(
@@ -119,13 +106,7 @@ class FolderSource(FileSource):
             )
 
     def read(self, index: int) -> bytes:
-        path = self._paths[index]
-        status = os.stat(path)
-        # A pipe would block, a device never end.
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE_BYTES:
-            raise UnreadableImage(f"{self.name(index)}: no regular file of at most {MOST_FILE_BYTES} bytes")
-        with open(path, "rb") as file:
-            return file.read()
+        return read_file(self._paths[index])
 
     def name(self, index: int) -> str:
         return printable(self._paths[index])
@@ -234,6 +215,53 @@ class SubsetSource(Source):
         self._source.cache(self._indices[index] for index in indices)
 
 
+def find_images(top: str | Path, found: dict[str, str] | None = None) -> list[str]:
+    """Paths of the files in a folder, and in those below it, that are named as images: in torchvision's order, the
+    folders sorted and the files of each.
+
+    Args:
+        found: see `_walk`.
+
+    Raises:
+        DataError: links lead to one folder twice.
+    """
+    folders = sorted(_walk(os.fspath(top), {} if found is None else found))
+    return [os.path.join(folder, file) for folder, files in folders for file in sorted(files) if _is_image(file)]
+
+
+def read_file(path: str) -> bytes:
+    """An image file, still encoded. Raises OSError."""
+    status = os.stat(path)
+    # A pipe would block, a device never end.
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_FILE_BYTES:
+        raise UnreadableImage(f"{printable(path)}: no regular file of at most {MOST_FILE_BYTES} bytes")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def decode(encoded: bytes, name: str) -> Image.Image:
+    """An image file's content as RGB.
+
+    Of animated and multi-page files the first image counts; transparency is dropped; of 16-bit grey the upper 8 bits
+    are kept.
+
+    Args:
+        name: for the message.
+
+    Raises:
+        UnreadableImage: it is no image, or a damaged or too large one.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:  # whose message names the buffer
+        raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
+    except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
+        raise UnreadableImage(f"{name}: {error}") from error
+
+
 def printable(name: str) -> str:
     """A file name for logs and messages: escaped where it has line breaks, control characters, or bytes that are no
     text."""
@@ -250,7 +278,8 @@ def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
         DataError: a link leads to one of them, or to one around it, where there would be no end.
     """
     for folder, _, files in os.walk(top, followlinks=True):
-        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        # Of a path such as "." or "images/", only the absolute one says what is around it.
+        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
         other = found.setdefault(real, folder)
         if other != folder:
             both = f"{printable(other)} and {printable(folder)}"

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from checkpoint import CheckpointError, convert_weights, find_weights, load_weights, read_checkpoint
+from checkpoint import CheckpointError, count_classes, load_weights, read_checkpoint
 from config import config_of, load_config
 from data import build_normalize
 from data.transforms import build_transform
@@ -76,11 +76,16 @@ def load_trained(args: argparse.Namespace) -> Trained:
     config.defrost()
     if args.device:
         config.DEVICE = args.device
-    weights = find_weights(content, args.checkpoint, ema=not args.no_ema)
-    config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or count_classes(weights, config, args.checkpoint)
+    ema = not args.no_ema
+    if not config.MODEL.NUM_CLASSES:
+        config.MODEL.NUM_CLASSES = 1
+        with torch.device("meta"):
+            model = build(config)
+        config.MODEL.NUM_CLASSES = count_classes(model, content, args.checkpoint, ema)
     config.freeze()
     model = build(config)
-    load_weights(model, content, args.checkpoint, ema=not args.no_ema)
+    for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
+        print(f"note: {note}", file=sys.stderr)
     has_cuda = torch.cuda.is_available()
     if config.DEVICE == "cuda" and not has_cuda:
         raise UserError("--device is cuda, but PyTorch finds no CUDA device; accepted here: auto, cpu")
@@ -115,21 +120,6 @@ def build(config) -> nn.Module:
         return build_model(config)
     except ValueError as error:
         raise UserError(f"the model of the config cannot be built: {error}") from error
-
-
-def count_classes(weights: Mapping[str, Tensor], config, path: Path) -> int:
-    """How many classes the classifier in a file's weights has."""
-    config = config.clone()
-    config.defrost()
-    config.MODEL.NUM_CLASSES = 1
-    with torch.device("meta"):
-        model = build(config)
-    classifier = model.get_classifier()
-    name = next(name for name, module in model.named_modules() if module is classifier)
-    bias = convert_weights(dict(weights), model).get(f"{name}.bias")
-    if bias is None or bias.ndim != 1:
-        raise CheckpointError(f"{path}: has no classifier ({name}.bias) that would say how many classes there are")
-    return len(bias)
 
 
 def class_names(content: Mapping, path: Path, listing: Path | None, count: int) -> list[str]:

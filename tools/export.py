@@ -1,0 +1,408 @@
+"""Export a trained model to ONNX or to a program of torch.export, and check that it computes the same.
+
+    python tools/export.py output/strip_mlp_pico_digits/default/best.pth --evaluate
+    python tools/export.py best.pth --format torch --normalize --output model.pt2
+    python tools/export.py best.pth --int8 --output model_int8.onnx --evaluate
+
+The file takes batches of any size as `images` and gives `logits` (N, classes), float32. `images` are RGB, (N, 3, S, S):
+float32, normalised as in training; with --normalize uint8, 0 to 255, which the file normalises itself. What it takes,
+the size S, mean, std and the names of the classes are in the file: ONNX's metadata_props, or metadata.json in a .pt2.
+
+Before the file gets its name, its logits for random images, of batch sizes 1 and 3, are compared with those of the
+model itself in PyTorch: where they differ by more than --tolerance, nothing is written.
+
+--int8 stores the weights of matrix products and of convolutions without groups as 8-bit integers, and computes those
+in integers (ONNX Runtime's dynamic quantisation). The ONNX file that it is made from is checked as above. How much the
+quantised one differs is printed, not judged: --evaluate shows what it costs.
+
+--evaluate computes the validation images of the checkpoint's config (--opts DATA.DATA_PATH FOLDER, if they have moved)
+by PyTorch and the exported files in turn: accuracy, and medians of milliseconds per image over the batches, all on the
+CPU with as many threads as PyTorch has (OMP_NUM_THREADS).
+
+Needs onnx, onnxscript and onnxruntime for ONNX. The exit status is 0 if the file was written, 1 on any error, 2 for
+options that are not accepted.
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tables import markdown
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from trained import Trained, add_arguments, load_trained
+
+from data import build_eval_loader, build_sources, check_num_classes
+from distributed import World
+from utils import UserError, run_entry_point, writing_to
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  # by --format
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# What PyTorch's exporter writes its operators in, in all versions: others are converted from it, and fewer runtimes
+# read them.
+OPSET = 18
+TRACED_BATCH = 2  # torch.export takes a size of 1 for a constant
+CHECKED_BATCHES = (1, 3)
+
+
+class NormalizedModel(nn.Module):
+    """A model with its normalisation before it. Shape: uint8 (N, 3, S, S) -> (N, classes)."""
+
+    def __init__(self, model: nn.Module, normalize: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.model, self.normalize = model, normalize
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.normalize(images))
+
+
+@dataclass
+class Form:
+    """One way to compute the model.
+
+    Attributes:
+        run: uint8 images (N, 3, S, S) to logits (N, classes), normalisation included.
+        path: its file, if it has one.
+        difference: the largest from the model's logits for random images.
+        hits: validation images that it classified rightly.
+        seconds: per image, a number per batch.
+    """
+
+    name: str
+    run: Callable[[Tensor], Tensor]
+    path: Path | None = None
+    difference: float = 0.0
+    hits: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+
+def prepare(trained: Trained, reparameterize: bool, normalize: bool) -> nn.Module:
+    """The module to export; the model itself stays as it is."""
+    model = trained.model
+    if reparameterize:
+        model = reparameterize_model(model)
+    return NormalizedModel(model, trained.normalize).eval() if normalize else model
+
+
+def random_images(size: int, batch: int) -> Tensor:
+    """uint8 (batch, 3, size, size), always the same."""
+    return torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def numbers(values: Tensor) -> str:
+    """As JSON, to the six digits that float32 has."""
+    return json.dumps([round(value, 6) for value in values.flatten().tolist()])
+
+
+def metadata(trained: Trained, reparameterized: bool, normalize: bool) -> dict[str, str]:
+    """What a user of the file must know; lists as JSON."""
+    size, classes = trained.config.DATA.IMG_SIZE, len(trained.classes)
+    values = (
+        "uint8, RGB from 0 to 255"
+        if normalize
+        else "float32, RGB from 0 to 255 divided by 255, less mean, divided by std"
+    )
+    return {
+        "model": trained.config.MODEL.NAME,
+        "input": f"images (N, 3, {size}, {size}), {values}",
+        "output": f"logits (N, {classes}), float32, without softmax",
+        "image_size": str(size),
+        "mean": numbers(trained.normalize.mean),
+        "std": numbers(trained.normalize.std),
+        "classes": json.dumps(trained.classes),
+        "normalizes": json.dumps(normalize),
+        "reparameterized": json.dumps(reparameterized),
+    }
+
+
+def require_onnx() -> None:
+    """Raises UserError where a package is missing, naming what to install."""
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--format onnx needs packages that are not installed: {', '.join(missing)}; install them: "
+            f"pip install {' '.join(ONNX_PACKAGES)}; or take --format torch"
+        )
+
+
+@contextmanager
+def quiet():
+    """Without what exporters and quantisers warn of, which the check settles."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def write_onnx(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
+    """Writes the model as one ONNX file. Raises whatever the exporter does."""
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # from which lines of whose source code it came: a fifth of a small file
+    program.model.metadata_props.update(properties)
+    program.save(path)
+
+
+def write_program(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
+    """Writes the model as a program of torch.export; otherwise as `write_onnx`."""
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(properties)})
+
+
+def quantize(source: Path, path: Path) -> None:
+    """Writes an ONNX file with matrix products, and convolutions without groups, in 8-bit integers."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with quiet():
+        # Folds what is computed of weights alone: only weights that are stored can be quantised.
+        quant_pre_process(source, path, skip_symbolic_shape=True, skip_onnx_shape=True)
+        model = onnx.load(path)
+        # Of before folding, which the quantiser takes for contradictions.
+        model.graph.ClearField("value_info")
+        # Convolutions in groups, as those of strips and the depthwise ones are, ONNX Runtime computes slower in
+        # integers than in float32.
+        grouped = [
+            node.name
+            for node in model.graph.node
+            if any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
+        ]
+        # Not signed, of which its convolutions take three times as long; on processors without VNNI they may overflow.
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=grouped,
+            weight_type=QuantType.QUInt8,
+        )
+
+
+def onnx_runner(path: Path, before: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An ONNX file on the CPU, on as many threads as PyTorch has.
+
+    Args:
+        before: what is done to uint8 images (N, 3, S, S) first.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": before(images).numpy()})[0])
+
+
+def program_runner(path: Path, before: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A program of torch.export, loaded back; otherwise as `onnx_runner`."""
+    with quiet():
+        module = torch.export.load(path).module()
+    return lambda images: module(before(images))
+
+
+FORMATS = {
+    "onnx": (write_onnx, onnx_runner, "ONNX"),
+    "torch": (write_program, program_runner, "torch.export"),
+}
+
+
+@contextmanager
+def exporting(name: str, form: str):
+    """Inside, `write_onnx` and `write_program` do not warn, and their errors are UserErrors."""
+    try:
+        with quiet():
+            yield
+    except OSError:  # the disk's
+        raise
+    except Exception as error:  # an exporter's own, of whatever went wrong inside
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        reason = (str(cause).splitlines() or [""])[0]
+        (other,) = set(FORMATS) - {form}
+        raise UserError(
+            f"torch {torch.__version__} cannot export {name} with --format {form} ({type(cause).__name__}: {reason}); "
+            f"accepted: --format {other}, or newer versions of torch and onnxscript"
+        ) from error
+
+
+@torch.inference_mode()
+def largest_difference(one: Form, other: Form, size: int) -> float:
+    """Between their logits for random images, in batches of several sizes; NaN if there is one among them."""
+    batches = [random_images(size, batch) for batch in CHECKED_BATCHES]
+    return torch.stack([(one.run(images) - other.run(images)).abs().max() for images in batches]).max().item()
+
+
+@torch.inference_mode()
+def evaluate(trained: Trained, forms: Sequence[Form]) -> int:
+    """Fills in hits and seconds of the forms from the validation data, each batch computed by all of them in an order
+    that rotates. Unreadable images count as wrong.
+
+    Returns:
+        The number of images.
+    """
+    world = World(0, 0, 1, torch.device("cpu"))
+    source = build_sources(trained.config, world, train=False).val
+    check_num_classes(trained.config, source)
+    loader = build_eval_loader(trained.config, source, world)
+    for number, batch in enumerate(tqdm(loader, desc="evaluation", leave=False, disable=None)):
+        if number == 0:
+            for form in forms:  # the first call takes longer
+                form.run(batch.image)
+        first = number % len(forms)
+        for form in [*forms[first:], *forms[:first]]:
+            started = time.perf_counter()
+            logits = form.run(batch.image)
+            form.seconds.append((time.perf_counter() - started) / len(logits))
+            form.hits += int(((logits.argmax(dim=1) == batch.target) & batch.readable).sum())
+    return len(source)
+
+
+def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
+    """Writes the file `output`, checked; with --evaluate, evaluates it first.
+
+    Returns:
+        A table of what was compared.
+
+    Raises:
+        UserError: it cannot be exported or written, or computes something else.
+    """
+    size = trained.config.DATA.IMG_SIZE
+    write, runner, name = FORMATS[args.format]
+    before = (lambda images: images) if args.normalize else (lambda images: trained.normalize(images).contiguous())
+    forms = [Form("PyTorch", lambda images: trained.model(trained.normalize(images)))]
+    bar = tqdm(total=3 + args.int8, leave=False, disable=None)
+    with bar, writing_to(output.parent), TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        bar.set_description("export")
+        path = Path(folder, f"exported{output.suffix}")
+        model = prepare(trained, args.reparameterize, args.normalize)
+        properties = metadata(trained, args.reparameterize, args.normalize)
+        with exporting(trained.config.MODEL.NAME, args.format):
+            write(model, before(random_images(size, TRACED_BATCH)), path, properties)
+        bar.update()
+
+        bar.set_description("check")
+        exported = Form(name, runner(path, before), path)
+        exported.difference = largest_difference(exported, forms[0], size)
+        if not exported.difference <= args.tolerance:  # nor if it is NaN
+            raise UserError(
+                f"{output}: not written, because its logits differ by {exported.difference:.3g} from PyTorch's; "
+                f"accepted: --tolerance {args.tolerance:g}" + ", or try --no-reparameterize" * args.reparameterize
+            )
+        forms.append(exported)
+        bar.update()
+
+        if args.int8:
+            bar.set_description("quantise")
+            path = Path(folder, f"quantised{output.suffix}")
+            quantize(exported.path, path)
+            quantised = Form(f"{name}, int8", runner(path, before), path)
+            quantised.difference = largest_difference(quantised, forms[0], size)
+            forms.append(quantised)
+            bar.update()
+
+        report = table(forms, evaluate(trained, forms) if args.evaluate else 0)
+        os.replace(path, output)
+    return report
+
+
+def table(forms: Sequence[Form], evaluated: int) -> str:
+    """The forms side by side.
+
+    Args:
+        evaluated: images of the evaluation; 0 without one.
+    """
+    titles = ["computed by", "file, MiB", "largest difference of logits"]
+    titles += [f"top-1 of {evaluated} images, %", "ms per image", "times as fast"] if evaluated else []
+    rows = []
+    for form in forms:
+        row = [form.name, f"{form.path.stat().st_size / 2**20:.2f}" if form.path else ""]
+        row.append(f"{form.difference:.2g}" if form.path else "")
+        if evaluated:
+            ratios = [reference / own for own, reference in zip(form.seconds, forms[0].seconds, strict=True)]
+            row += [f"{100 * form.hits / evaluated:.2f}", f"{1000 * statistics.median(form.seconds):.3g}"]
+            row.append(f"{statistics.median(ratios):.2f}")
+        rows.append(row)
+    return markdown(titles, rows)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_arguments(parser)
+    parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="(default: onnx)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a name that ends in .onnx or .pt2; what is there is replaced (default: beside the checkpoint, with its "
+        "name, if nothing is there)",
+    )
+    parser.add_argument("--normalize", action="store_true", help="the file takes uint8 images and normalises them")
+    parser.add_argument(
+        "--no-reparameterize",
+        dest="reparameterize",
+        action="store_false",
+        help="without folding BatchNorms, position tables and chained fusions, which by default is done where the "
+        "model has a reparameterize()",
+    )
+    parser.add_argument("--int8", action="store_true", help="quantise the ONNX file")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="D", help="accepted difference of logits (default: 1e-4)"
+    )
+    parser.add_argument("--evaluate", action="store_true", help="accuracy and speed on the validation data")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        parser.error("--device cuda: models are exported and checked on the CPU, for any device")
+    if args.int8 and args.format != "onnx":
+        parser.error("--int8 goes with --format onnx")
+    suffix = SUFFIXES[args.format]
+    if args.output and args.output.suffix != suffix:
+        parser.error(f"--output {args.output}: accepted with --format {args.format}: a name that ends in {suffix}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.format == "onnx":
+        require_onnx()
+    args.device = "cpu"
+    output = args.output or args.checkpoint.with_suffix(SUFFIXES[args.format])
+    if not args.output and output.exists():
+        raise UserError(f"{output}: is there already; to replace it, name it: --output {output}")
+    trained = load_trained(args)
+    print(export(trained, output, args), end="")
+    print(f"\n{output}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
