@@ -327,7 +327,8 @@ def _some(names: Iterable) -> str:
 
 @contextlib.contextmanager
 def _converting(model: nn.Module, path: str | Path) -> Iterator[None]:
-    """Inside, whatever is raised is a CheckpointError: conversions know what files of their kind are like, no others."""
+    """Inside, whatever is raised is a CheckpointError: conversions know what files of their kind are like, and no
+    others."""
     try:
         yield
     except Exception as error:
@@ -543,6 +544,8 @@ def _check_training_state(content: Mapping, path: str | Path) -> None:
     name = config.get("TRAIN.OPTIMIZER.NAME")
     require(isinstance(name, str) and name == legible(name), "config has no TRAIN.OPTIMIZER.NAME")
     section("optimizer")
+    classes = content.get("classes", [])  # older files do not name them
+    require(isinstance(classes, list) and all(isinstance(c, str) for c in classes), "classes are no list of names")
     if scaler := section("scaler"):
         good = all(number(scaler.get(key)) and scaler[key] > 0 for key in ("scale", "growth_factor", "backoff_factor"))
         for key in ("growth_interval", "_growth_tracker"):  # PyTorch counts them in 32 bits

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.sources import IMAGE_FORMATS
+from data.sources import decode, printable, read_file
 from utils import UserError
 
 WIDTH = 7.0  # of a figure over both columns of a paper, in inches
@@ -34,10 +34,9 @@ def load_image(path: Path) -> Image.Image:
         UserError: the file cannot be read as one.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise nearly everything on damaged bytes
-        raise UserError(f"{path}: cannot be read as an image: {error}") from error
+        return decode(read_file(str(path)), printable(str(path)))
+    except OSError as error:
+        raise UserError(f"{printable(str(path))}: cannot be read as an image: {error}") from error
 
 
 def pixels(image: Tensor) -> np.ndarray:
