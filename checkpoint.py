@@ -201,6 +201,8 @@ def _check_archive(path: Path) -> None:
             name = entry.filename.lower()  # capital or small is the same to PyTorch's reader
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(f"{path}: refused: {legible(name)} in it is compressed; torch.save stores")
+            if entry.external_attr & 0x10:  # for which PyTorch's reader reads nothing, and takes what is in the memory
+                raise DamagedCheckpointError(f"{path}: damaged: {legible(name)} in it is marked as a folder")
             if name in sizes:  # of which PyTorch's reader and these checks could take different ones
                 raise CheckpointError(f"{path}: refused: {legible(name)} is in it twice")
             sizes[name] = entry.file_size

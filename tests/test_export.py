@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import export
 import pytest
-import timm
 import torch
 from conftest import ROOT, TINY, python
 from trained import Trained, add_arguments, load_trained
@@ -202,11 +201,6 @@ def test_model_of_timm(monkeypatch, capsys, tmp_path):
     assert (result.status, result.err) == (0, "")
     assert result.out.splitlines()[-1] == str(tmp_path / "last.pt2")
     assert (tmp_path / "last.pt2").is_file()
-
-
-def test_model_with_layers_named_as_methods_of_timm():
-    model = timm.create_model("sparse_mlp_tiny", img_size=32, num_classes=2).eval()
-    assert export.prepare(SimpleNamespace(model=model), reparameterize=True, normalize=False) is model
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])

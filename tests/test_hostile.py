@@ -1113,7 +1113,7 @@ HexDumper.add_representer(Sixteens, lambda dumper, n: dumper.represent_scalar("t
 def test_config_of_keys_and_values(folder):
     accepted = collections.Counter()
 
-    @examples(250)
+    @examples(400)
     @given(values=settings_of_keys(), flow=st.booleans(), dotted=st.booleans())
     def check(values, flow, dotted):
         tree = values if dotted else nested(values)

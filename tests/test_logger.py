@@ -1,14 +1,22 @@
 """The console, the log files, and the metrics of a run."""
 
+import io
 import json
 import logging
 import re
 import sys
 
+import numpy as np
 import pytest
 import termcolor
+import torch
+from conftest import TINY, python
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from data.device import Normalize
 from logger import MetricsLog, create_logger
 
 ESCAPE = "\033["
@@ -211,3 +219,54 @@ def test_tensorboard_forgets_epochs_that_are_trained_again(tmp_path, quiet):
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("top1")] == [(1, 10.0), (2, -1.0)]
+
+
+def events_of(folder) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_shows_images_as_they_were(tmp_path, quiet):
+    """Without the normalisation, and no more than make a legible grid."""
+    world = torch.device("cpu")
+    pixels = torch.randint(0, 256, (70, 3, 8, 12), dtype=torch.uint8)
+    log = MetricsLog(tmp_path, 0, quiet)
+    log.write_images("first batch", Normalize(world)(pixels), 1)
+    log.close()
+    (image,) = events_of(tmp_path).Images("first batch")
+    shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    assert shown.shape == (8 * (8 + 2) + 2, 8 * (12 + 2) + 2, 3)  # 8 x 8 of them, 2 pixels apart
+    second = shown[2:10, 16:28].astype(int)
+    assert abs(second - pixels[1].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_tensorboard_shows_how_weights_are_distributed(tmp_path, quiet):
+    log = MetricsLog(tmp_path, 0, quiet)
+    log.write_histograms("weights", {"strip_h": torch.linspace(-2, 6, 500).bfloat16()}, 7)
+    log.close()
+    (event,) = events_of(tmp_path).Histograms("weights/strip_h")
+    histogram = event.histogram_value
+    assert event.step == 7 and histogram.num == 500 and (histogram.min, histogram.max) == (-2, 6)
+    assert len(histogram.bucket) <= 70
+
+
+def test_hyper_parameters_of_a_run(tmp_path):
+    """All that a person compares runs by, at the end of the ordinary command."""
+    command = ("main.py", "--cfg", "configs/strip_mlp_pico_digits.yaml", "--output", tmp_path)
+    python(*command, "--opts", *TINY, "TRAIN.BASE_LR", 0.125)
+    folder = tmp_path / "strip_mlp_pico_digits/default"
+    found = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(value)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["final/top1"][0].tensor.float_val[0] == pytest.approx(last["top1"])
+    assert "training images as the model gets them" in found
+    assert "token mixing weights/stages.0.0.token_mixing.cgsmm.strip_h" in found
+    start = HParamsPluginData.FromString(
+        found["_hparams_/session_start_info"][0].metadata.plugin_data.content
+    ).session_start_info
+    assert start.hparams["TRAIN.BASE_LR"].number_value == 0.125
+    assert start.hparams["MODEL.STRIP_MLP.LAYERS"].string_value == "[1, 1, 1, 1]"

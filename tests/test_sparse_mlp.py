@@ -123,7 +123,7 @@ def test_token_mixing():
     y = F.gelu(block.norm2(block.dwconv(F.gelu(block.norm1(x)))))
     rows = torch.einsum("vw,nchw->nchv", block.mix_w.weight, y) + block.mix_w.bias
     columns = torch.einsum("gh,nchw->ncgw", block.mix_h.weight, y) + block.mix_h.bias[:, None]
-    expected = F.conv2d(torch.cat([y, rows, columns], dim=1), block.fuse.weight)
+    expected = F.conv2d(torch.cat([y, rows, columns], dim=1), block.proj.weight)
     torch.testing.assert_close(block(x), expected)
 
 

@@ -223,7 +223,7 @@ def table1() -> str:
         # As the paper counts: weights without biases.
         tokens = mixing.mix_h.weight.numel() + mixing.mix_w.weight.numel()
         token_macs = sparse.of(f"{name}.mix_h").macs + sparse.of(f"{name}.mix_w").macs
-        fusion, fusion_macs = mixing.fuse.weight.numel(), sparse.of(f"{name}.fuse").macs
+        fusion, fusion_macs = mixing.proj.weight.numel(), sparse.of(f"{name}.proj").macs
         one = cgsmm.strip_h.weight.numel()
         both = one + cgsmm.strip_w.weight.numel()
         strip_fusion = strip.of(f"{cgsmm_name}.fuse_h").parameters + strip.of(f"{cgsmm_name}.fuse_w").parameters
@@ -233,7 +233,7 @@ def table1() -> str:
         rows.append(
             (
                 stage + 1,
-                mixing.fuse.out_channels,
+                mixing.proj.out_channels,
                 mixing.mix_w.out_features,
                 f"{tokens:,}",
                 f"{tokens / (tokens + fusion):.2%}",
