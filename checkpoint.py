@@ -77,7 +77,8 @@ def save_checkpoint(state: dict[str, Any], *paths: Path, previous: Path | None =
         CheckpointError: it cannot be written (disk full, no permission); what the paths named before is untouched.
     """
     folder = paths[0].parent
-    temporary, link = folder / ".checkpoint.tmp", folder / ".checkpoint.link"
+    # By the name, because a converted checkpoint may be written into the folder of a run that is writing its own.
+    temporary, link = (folder / f".{paths[-1].name}.{kind}" for kind in ("tmp", "link"))
     try:
         # What a killed run left may be a second name of its best.pth: a new file, not a truncated one.
         temporary.unlink(missing_ok=True)
@@ -163,7 +164,8 @@ def save_safetensors(weights: Mapping[str, Tensor], path: Path, config: Mapping,
         CheckpointError: it cannot be written; what `path` named before is untouched.
     """
     metadata = {name: json.dumps(value) for name, value in (("config", config), ("classes", classes)) if value}
-    tensors = {name: value.contiguous() for name, value in weights.items()}
+    # Each in memory of its own, as the format asks for.
+    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata or None))
@@ -351,9 +353,21 @@ def convert_weights(weights: dict[str, Tensor], model: nn.Module, path: str | Pa
 
 def classifier_names(model: nn.Module) -> list[str]:
     """Names of the classifier's parameters."""
-    classifier = model.get_classifier()
-    prefix = next((name for name, module in model.named_modules() if module is classifier), None)
-    return [] if prefix is None else [f"{prefix}.{name}" for name, _ in classifier.named_parameters()]
+    modules = classifiers(model)
+    prefixes = {name: module for name, module in model.named_modules() if any(module is c for c in modules)}
+    return [f"{prefix}.{name}" for prefix, module in prefixes.items() for name, _ in module.named_parameters()]
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The model's classifier; of distilled models of timm's, both."""
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
+def other_classes(content: Mapping, classes: Sequence[str]) -> bool:
+    """Whether a checkpoint names its classes and these, if there are any, are others, or in another order."""
+    theirs = content.get("classes")
+    return isinstance(theirs, list) and bool(theirs) and bool(classes) and theirs != list(classes)
 
 
 def count_classes(model: nn.Module, content: Mapping, path: str | Path, ema: bool = True) -> int:
@@ -430,9 +444,9 @@ def load_weights(
     expected = model.state_dict()
     head = classifier_names(model)
     fresh = []
-    other_classes = classes is not None and content.get("classes", classes) != list(classes)
-    other_classes |= any(n in weights and weights[n].shape != expected[n].shape for n in head)
-    if new_classifier and other_classes:
+    is_other = classes is not None and other_classes(content, classes)
+    is_other |= any(n in weights and weights[n].shape != expected[n].shape for n in head)
+    if new_classifier and is_other:
         fresh = head
         weights = {name: value for name, value in weights.items() if name not in head}
 

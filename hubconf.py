@@ -15,17 +15,27 @@ from checkpoint import count_classes, load_weights, read_checkpoint
 dependencies = ["numpy", "safetensors", "timm", "torch", "yacs", "yaml"]
 
 
+# Arguments for which timm adapts pretrained weights, or leaves some of them out.
+ADAPTED = ("num_classes", "in_chans", "global_pool", "features_only", "out_indices")
+
+
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def create(checkpoint: str | None = None, **kwargs) -> nn.Module:
-        content = checkpoint and read_checkpoint(checkpoint)
-        if content and "num_classes" not in kwargs:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-            kwargs["num_classes"] = count_classes(model, content, checkpoint)
-        model = timm.create_model(name, **kwargs)
-        if content:
-            load_weights(model, content, checkpoint, new_classifier=True)
-        return model
+        if checkpoint is None:
+            return timm.create_model(name, **kwargs)
+        content = read_checkpoint(checkpoint)
+        # As in the checkpoint first, where everything has to fit; then, by timm's own rules for pretrained weights, as
+        # it is asked for.
+        own = {key: value for key, value in kwargs.items() if key not in ADAPTED}
+        with torch.device("meta"):
+            classes = count_classes(timm.create_model(name, **own), content, checkpoint)
+        model = timm.create_model(name, num_classes=classes, **own)
+        load_weights(model, content, checkpoint)
+        if own == kwargs:
+            return model
+        weights = {"state_dict": model.state_dict(), "num_classes": classes}
+        kwargs.setdefault("num_classes", classes)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **kwargs)
 
     create.__name__ = name
     create.__doc__ = f"""The model `{name}` of timm.
@@ -33,8 +43,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     Args:
         checkpoint: a file with its weights, ours, released or safetensors; by default they are random. What depends on
             the size of the images is resampled to `img_size`.
-        **kwargs: of `timm.create_model`, such as img_size, in_chans, drop_path_rate; num_classes by default as in the
-            checkpoint, while another number gives a new classifier.
+        **kwargs: of `timm.create_model`, such as img_size, in_chans, features_only; num_classes by default as in the
+            checkpoint, while another number gives a new classifier, and 0 none.
 
     Raises:
         checkpoint.CheckpointError: the file cannot be read, or does not fit the model.

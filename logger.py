@@ -126,11 +126,12 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, metrics["epoch"])
         self._tensorboard.flush()
 
-    def write_images(self, title: str, images: Tensor, epoch: int) -> None:
-        """Shows images (N, 3, H, W), normalised as in training, of which at most 64, in TensorBoard."""
+    def write_images(self, title: str, images: Tensor) -> None:
+        """Shows images (N, 3, H, W), normalised as in training, of which at most 64, in TensorBoard; as epoch 0, which
+        no run trains again."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         shown = (images[:64].float().cpu() * std + mean).clamp(0, 1)
-        self._tensorboard.add_image(title, make_grid(shown, nrow=8, pad_value=1.0), epoch)
+        self._tensorboard.add_image(title, make_grid(shown, nrow=8, pad_value=1.0), 0)
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
         """Shows how the values of each of the weights are distributed, in TensorBoard."""

@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader
 
 import main_eval
 import stopping
-from checkpoint import CheckpointError, load_pretrained, load_weights, read_training_state
-from config import add_arguments, get_config, leaves, save_config
+from checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
+from config import add_arguments, find, get_config, leaves, save_config
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
-from data.sources import printable
+from data.sources import class_names
 from distributed import TIMEOUT, World, close_world, from_main, init_world, lost_processes_named
 from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
@@ -131,14 +131,17 @@ def fit(
     # -----------------------------------------------------------------------------------------------------------------
     # Where to start: this run's own newest checkpoint, or else --resume, or else --pretrained, or else fresh
     # -----------------------------------------------------------------------------------------------------------------
-    classes = [printable(name) for name in train_loader.dataset.source.classes]
+    classes = class_names(train_loader.dataset.source)
     content, path = find_start(config, folder, world, logger)
     is_own = path is not None and path.parent == folder.path
     if content:
         load_weights(model, content, path, ema=False, same_size=True)
-        log_resume(config, content, path, logger)
+        log_resume(config, content, path, classes, logger)
     elif config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, logger, classes)
+    elif config.TRAIN.FREEZE != "none" or config.TRAIN.LAYER_DECAY < 1:
+        message = "TRAIN.FREEZE or TRAIN.LAYER_DECAY is set, but the weights are random; --pretrained names others"
+        logger.warning(message, extra=ALL_RANKS)
     if is_own:
         for named in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
             message = f"{named} is not read, because the run goes on from {path}; to start from it, give a new --tag"
@@ -171,6 +174,10 @@ def fit(
     amp = resolve_amp(config, world.device)
     state = TrainingState(model, optimizer, build_scaler(amp, world.device), amp, classes, ema)
     images = len(train_loader.dataset)
+    left_out = len(train_loader.sampler) % config.DATA.BATCH_SIZE
+    if left_out > len(train_loader.sampler) // 5:
+        message = f"each epoch leaves out {left_out} of {len(train_loader.sampler)} images, too few for a batch"
+        logger.warning(f"{message} of {config.DATA.BATCH_SIZE}; a smaller --batch-size leaves out fewer")
     logger.info(
         f"{images} training and {len(eval_loader.dataset)} validation images, "
         f"{config.MODEL.NUM_CLASSES} classes; {steps} steps per epoch; "
@@ -230,7 +237,7 @@ def fit(
     with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due, save)
         if metrics_log:
-            control.show = partial(metrics_log.write_images, "training images as the model gets them", epoch=1)
+            control.show = partial(metrics_log.write_images, "training images as the model gets them")
         while state.epoch < config.TRAIN.EPOCHS:
             try:
                 metrics = train_one_epoch(
@@ -274,7 +281,8 @@ def fit(
             save(*names)
     if metrics_log:
         final = {name: metrics[name] for name in ("top1", "top5", "val_loss", "train_loss")}
-        metrics_log.write_hparams(leaves(config), {**final, "best_top1": state.best["top1"]})
+        with writing_to(folder.path):
+            metrics_log.write_hparams(leaves(config), {**final, "best_top1": state.best["top1"]})
         metrics_log.close()
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
@@ -308,7 +316,7 @@ def log_start(config, notes: list[str], model: nn.Module, world: World, logger: 
     """What is run on what."""
     for note in notes:
         logger.warning(note, extra=ALL_RANKS)
-    logger.info(f"config:\n{config.dump()}")
+    logger.info(f"config:\n{config.dump()}", extra=FILE_ONLY)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = f", of which {trained:,} are trained" if trained < parameters else ""
@@ -318,11 +326,11 @@ def log_start(config, notes: list[str], model: nn.Module, world: World, logger: 
     )
 
 
-def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> None:
+def log_resume(config, content: dict[str, Any], path: Path, classes: list[str], logger: Logger) -> None:
     """What a run goes on from, and what has changed since.
 
     Raises:
-        CheckpointError: the optimizer is another one.
+        CheckpointError: the optimizer is another one, or what it trains, or the classes of the data are.
     """
     step = content["progress"]["step"]
     done = f"{content['epoch']} epochs{f' and {step} steps' if step else ''} done"
@@ -333,11 +341,28 @@ def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> N
             f"{path}: has the state of {before['TRAIN.OPTIMIZER.NAME']}, but TRAIN.OPTIMIZER.NAME is "
             f"{config.TRAIN.OPTIMIZER.NAME}; --pretrained {path} with a new --tag starts from its weights alone"
         )
+    if other_classes(content, classes):
+        raise CheckpointError(
+            f"{path}: was trained on classes {_some(content['classes'])}, but the data has {_some(classes)}: labels "
+            f"have changed their meaning; --pretrained {path} with a new --tag starts from its weights"
+        )
+    frozen = before.get("TRAIN.FREEZE", "none") != config.TRAIN.FREEZE
+    if frozen or (before.get("TRAIN.LAYER_DECAY", 1.0) < 1) != (config.TRAIN.LAYER_DECAY < 1):
+        key = "TRAIN.FREEZE" if frozen else "TRAIN.LAYER_DECAY"
+        raise CheckpointError(
+            f"{path}: {key} was {before.get(key, 'not there')}, is {find(config, key.split('.'))}, for which its "
+            f"optimizer state is of no use; --pretrained {path} with a new --tag starts from its weights"
+        )
     # Keys that only newer, or only older, configs have did not change what the run does.
     for key in sorted(set(before) & set(now)):
         if before[key] != now[key] and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
             message = f"changed since that checkpoint: {key} was {before[key]!r}, is {now[key]!r}"
             logger.warning(message, extra=ALL_RANKS)
+
+
+def _some(classes: list[str]) -> str:
+    """The first of them, for messages."""
+    return ", ".join(classes[:5]) + f" and {len(classes) - 5} more" * (len(classes) > 5)
 
 
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:

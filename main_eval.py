@@ -13,10 +13,10 @@ from pathlib import Path
 import timm
 import torch
 
-from checkpoint import CheckpointError, load_weights, read_checkpoint
+from checkpoint import CheckpointError, load_weights, other_classes, read_checkpoint
 from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
-from data.sources import printable
+from data.sources import class_names
 from distributed import World, close_world, init_world, lost_processes_named
 from engine import LoadingFailed, evaluate, resolve_amp, throughput
 from logger import ALL_RANKS, create_logger, json_numbers
@@ -82,7 +82,7 @@ def run(
         loaded = load_weights(model, content, path)
         for line in (f"weights from {path}", *loaded.notes(model)):
             logger.info(line)
-        if content.get("classes", source.classes) != [printable(name) for name in source.classes]:
+        if other_classes(content, class_names(source)):
             message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"
             logger.warning(message, extra=ALL_RANKS)
         prepare_model(config, model, world.device)

@@ -142,16 +142,19 @@ class TrainingState:
             progress.losses = saved["losses"][world.rank].clone()
             progress.unreadable = int(saved["unreadable"][world.rank])
             if saved["buffers"] is not None:
-                mine = self._statistics()
-                elements = sum(value.numel() for value in mine.values())
+                # Those of the moving average come after the model's, if that run had one.
+                sections = [key for key in ("model", "model_ema") if key in content]
+                own, mine = training_buffers(self.model), self._statistics()
+                like = {(key, name): value for key in sections for name, value in own.items()}
+                elements = sum(value.numel() for value in like.values())
                 if saved["buffers"].shape[1] != elements:
                     found = saved["buffers"].shape[1]
                     raise CheckpointError(f"{path}: has {found} running statistics, but the model {elements}")
-                statistics = _split(saved["buffers"][world.rank], mine)
-                for key, value in statistics.items():
+                for key, value in _split(saved["buffers"][world.rank], like).items():
                     if not value.isfinite().all():  # in the model's precision
                         raise CheckpointError(f"{path}: the running statistics {key[1]} are not finite numbers")
-                    mine[key].copy_(value)
+                    if key in mine:
+                        mine[key].copy_(value)
         elif world.is_main:
             progress.losses = saved["losses"].sum(dim=0)
             progress.unreadable = int(saved["unreadable"].sum())

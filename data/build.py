@@ -74,7 +74,8 @@ def select(source: Source, classes: str, per_class: int = 0, seed: int = 0) -> S
         unknown = [name for name in names if name not in source.classes]
         if unknown or not names:
             some = ", ".join(map(printable, source.classes[:10])) + " ..." * (len(source.classes) > 10)
-            raise DataError(f"DATA.CLASSES has {', '.join(unknown[:5]) or 'nothing'}; classes of the data: {some}")
+            unknown = ", ".join(map(repr, unknown[:5])) or "nothing"
+            raise DataError(f"DATA.CLASSES has {unknown}, which the data has not; its classes: {some}")
     targets = np.array(source.targets)
     chosen = []
     for name in names:

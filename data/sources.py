@@ -36,10 +36,12 @@ class Source(ABC):
     Attributes:
         classes: class names, in label order.
         targets: label of each sample, an index into `classes`.
+        has_names: whether `classes` are names, and not numbers for want of them.
     """
 
     classes: list[str]
     targets: list[int]
+    has_names = True
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -148,6 +150,7 @@ class ZipSource(FileSource):
         if missing:
             raise DataError(f"{archive}: lacks {_shorten(missing)}, which {listing.name} lists")
         self.classes = [str(label) for label in range(max(self.targets) + 1)]
+        self.has_names = False
 
     def read(self, index: int) -> bytes:
         try:
@@ -202,7 +205,7 @@ class SubsetSource(Source):
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
         label = {source.classes.index(name): new for new, name in enumerate(classes)}
         self._source, self._indices = source, list(indices)
-        self.classes = list(classes)
+        self.classes, self.has_names = list(classes), source.has_names
         self.targets = [label[source.targets[index]] for index in self._indices]
 
     def load(self, index: int) -> Image.Image:
@@ -260,6 +263,11 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
         raise UnreadableImage(f"{name}: {error}") from error
+
+
+def class_names(source: Source) -> list[str]:
+    """Names of the classes in label order, printable, as a checkpoint has them; nothing where the data has none."""
+    return [printable(name) for name in source.classes] if source.has_names else []
 
 
 def printable(name: str) -> str:

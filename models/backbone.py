@@ -43,11 +43,13 @@ RESAMPLING = {
 def resample(value: Tensor, axes: Mapping[int, str], length: int) -> Tensor:
     """`value` with `length` entries along each of the dimensions `axes`, which says what they stand for: a key of
     `RESAMPLING`. The tensor itself where it has that length."""
+    if all(value.shape[dim] == length for dim in axes):
+        return value
     resized = value.double()
     for dim, role in axes.items():
         matrix = RESAMPLING[role](value.shape[dim], length).to(value.device)
         resized = torch.tensordot(resized, matrix, dims=([dim], [1])).movedim(-1, dim)
-    return value if resized.shape == value.shape else resized.to(value.dtype).contiguous()
+    return resized.to(value.dtype).contiguous()
 
 
 class MapSized(nn.Module):
@@ -137,6 +139,8 @@ class Backbone(nn.Module):
                 value, shape = resampled.get(f"{name}.{parameter}"), getattr(module, parameter).shape
                 if value is None or value.shape == shape or not value.is_floating_point() or value.ndim != len(shape):
                     continue
+                if value.nbytes > value.untyped_storage().nbytes():
+                    continue  # one number in memory can be shown as any number of them
                 if all(n and (dim in axes or n == shape[dim]) for dim, n in enumerate(value.shape)):
                     resampled[f"{name}.{parameter}"] = resample(value, axes, shape[next(iter(axes))])
         return resampled

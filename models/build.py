@@ -61,8 +61,7 @@ def build_strip_mlp(config) -> StripMLP:
         num_classes=config.MODEL.NUM_CLASSES,
         embed_dim=keys.EMBED_DIM,
         depths=keys.LAYERS,
-        # The rule of the released code, for YAML files written for it: it has no key for q.
-        patch_channels=keys.PATCH_CHANNELS or (2 if keys.EMBED_DIM % 80 == 0 else 4),
+        patch_channels=keys.PATCH_CHANNELS or released_patch_channels(keys.EMBED_DIM),
         strip_width=keys.STRIP_WIDTH,
         alpha=keys.ALPHA,
         cgsmm_structure=keys.CGSMM_STRUCTURE,
@@ -72,6 +71,11 @@ def build_strip_mlp(config) -> StripMLP:
         grn=keys.GRN,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
     )
+
+
+def released_patch_channels(embed_dim: int) -> int:
+    """q by the rule of the released code, for YAML files written for it: it has no key for q."""
+    return 2 if embed_dim % 80 == 0 else 4
 
 
 def build_timm_model(config) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from checkpoint import classifiers
+
 
 def freeze(model: nn.Module, what: str) -> None:
     """Makes parameters of the model ones that are not trained.
@@ -26,7 +28,8 @@ def freeze(model: nn.Module, what: str) -> None:
             )
         modules[name].requires_grad_(False)
     if what == "backbone":
-        model.get_classifier().requires_grad_(True)
+        for classifier in classifiers(model):
+            classifier.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"TRAIN.FREEZE is {what!r}, which leaves nothing to train")
 

@@ -104,8 +104,8 @@ def test_without_hard_links(tmp_path, monkeypatch):
 
 
 def test_left_overs_of_a_killed_run_are_no_hindrance(tmp_path):
-    (tmp_path / ".checkpoint.tmp").write_bytes(b"half")
-    (tmp_path / ".checkpoint.link").write_bytes(b"half")
+    (tmp_path / ".last.pth.tmp").write_bytes(b"half")
+    (tmp_path / ".last.pth.link").write_bytes(b"half")
     save_checkpoint({"epoch": 1}, tmp_path / "best.pth", tmp_path / "last.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "last.pth"]
     assert read_checkpoint(tmp_path / "best.pth") == {"epoch": 1}
@@ -115,7 +115,7 @@ def test_left_overs_of_a_killed_run_are_no_hindrance(tmp_path):
 def test_left_over_that_is_a_second_name_of_the_best_checkpoint(tmp_path):
     """What a kill between the two names leaves; the next save must not write through it."""
     save_checkpoint({"epoch": 1}, tmp_path / "best.pth")
-    os.link(tmp_path / "best.pth", tmp_path / ".checkpoint.tmp")
+    os.link(tmp_path / "best.pth", tmp_path / ".last.pth.tmp")
     save_checkpoint({"epoch": 2}, tmp_path / "last.pth")
     assert read_checkpoint(tmp_path / "best.pth") == {"epoch": 1}
     assert read_checkpoint(tmp_path / "last.pth") == {"epoch": 2}

@@ -102,16 +102,36 @@ def test_released_names_both_ways(name, module):
 
 
 def test_released_to_ours_and_back(tmp_path):
-    data, weights = DATA["strip_mlp_tiny_light_64"], released("strip_mlp_tiny_light_64")
+    weights = released("strip_mlp_tiny_light_64")
     torch.save({"model": weights, "epoch": 299}, tmp_path / "released.pth")
     cfg = ROOT / "configs/smlp_tiny_light_alpha3_patch4_224_imagenet1k.yaml"
     python(TOOL, tmp_path / "released.pth", tmp_path / "ours.safetensors", "--cfg", cfg, "--opts", "DATA.IMG_SIZE", 64)
     ours = read_checkpoint(tmp_path / "ours.safetensors")
-    assert len(ours["classes"]) == data["num_classes"]
+    assert "classes" not in ours  # the file does not name them
     python(TOOL, tmp_path / "ours.safetensors", tmp_path / "back.pth", "--to", "released")
     back = read_checkpoint(tmp_path / "back.pth")
     assert set(back) == {"model"}
     torch.testing.assert_close(back["model"], weights, rtol=0, atol=0)
+
+
+def test_names_are_not_made_up(tmp_path):
+    """What is not known is not written: training would take it for the names of other classes."""
+    pico_checkpoint(tmp_path / "best.pth", classes=None)
+    python(TOOL, tmp_path / "best.pth", tmp_path / "out.pth")
+    assert "classes" not in read_checkpoint(tmp_path / "out.pth")
+    (tmp_path / "names.txt").write_text("x\ny\nz\n")
+    python(TOOL, tmp_path / "best.pth", tmp_path / "named.pth", "--classes", tmp_path / "names.txt")
+    assert read_checkpoint(tmp_path / "named.pth")["classes"] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("opts", [("PATCH_CHANNELS", 2), ("CGSMM_STRUCTURE", "parallel")])
+def test_ablations_are_no_released_models(tmp_path, opts):
+    """The released code would take the weights for those of another function."""
+    pico_checkpoint(tmp_path / "best.pth")  # PATCH_CHANNELS 2, where the released rule says 4
+    rest = ("--opts", f"MODEL.STRIP_MLP.{opts[0]}", opts[1])
+    result = python(TOOL, tmp_path / "best.pth", tmp_path / "out.pth", "--to", "released", *rest, ok=False)
+    assert "no released model with MODEL.STRIP_MLP" in result.stderr and f"{opts[0]} {opts[1]}" in result.stderr
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

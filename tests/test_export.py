@@ -128,7 +128,7 @@ def test_onnx_says_what_it_takes(exported):
     said = onnxruntime.InferenceSession(exported.path).get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == NAMES
     assert (json.loads(said["mean"]), json.loads(said["std"])) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert (said["model"], said["image_size"]) == ("strip_mlp_pico_digits", "32")
+    assert (said["model"], said["image_size"]) == ("strip_mlp_pico_digits", "[32, 32]")
     assert said["input"] == "images (N, 3, 32, 32), uint8, RGB from 0 to 255"
     assert (said["normalizes"], said["reparameterized"]) == ("true", "true")
 
@@ -228,9 +228,9 @@ def test_file_that_computes_something_else(monkeypatch, capsys, checkpoint, expo
 def test_difference_is_looked_for_in_all_batches():
     one = export.Form("one", lambda images: torch.zeros(len(images), 2))
     other = export.Form("other", lambda images: torch.full((len(images), 2), float(len(images))))
-    assert export.largest_difference(one, other, 8) == max(export.CHECKED_BATCHES) > 1
+    assert export.largest_difference(one, other, (8, 8)) == max(export.CHECKED_BATCHES) > 1
     last = export.Form("last", lambda images: torch.full((len(images), 2), float("nan" if len(images) > 1 else 0)))
-    assert export.largest_difference(one, last, 8) != export.largest_difference(one, last, 8)
+    assert export.largest_difference(one, last, (8, 8)) != export.largest_difference(one, last, (8, 8))
 
 
 def test_name_of_the_file(monkeypatch, capsys, checkpoint, exported, tmp_path):
@@ -287,3 +287,18 @@ def test_bad_input(monkeypatch, capsys, checkpoint, tmp_path, options, status, m
     result = run(monkeypatch, capsys, checkpoint, *options)
     assert result.status == status
     assert message in result.err
+
+
+def test_rectangle(tmp_path):
+    """Height and width keep their places."""
+    path = tmp_path / "a.pth"
+    run_pico = ("main.py", "--cfg", "configs/strip_mlp_pico_digits.yaml", "--output", tmp_path)
+    python(*run_pico, "--opts", *TINY, "DATA.IMG_SIZE", "[32,64]")
+    path = tmp_path / "strip_mlp_pico_digits/default/best.pth"
+    python("tools/export.py", path, "--format", "torch", "--output", tmp_path / "a.pt2")
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=extra)
+    said = json.loads(extra["metadata.json"])
+    assert said["image_size"] == "[32, 64]" and "(N, 3, 32, 64)" in said["input"]
+    assert said["preprocessing"].startswith("resize, keeping the ratio, to cover 36 x 73")
+    assert program.module()(torch.zeros(2, 3, 32, 64)).shape == (2, 10)

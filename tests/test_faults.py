@@ -372,7 +372,7 @@ def test_disk_full_during_training(undisturbed, tmp_path):
     assert "the one before is untouched" in run.stderr
     assert "Traceback" not in run.stderr
     assert read_training_state(last)["epoch"] == 1
-    assert not (tmp_path / FOLDER / ".checkpoint.tmp").exists()
+    assert not (tmp_path / FOLDER / ".last.pth.tmp").exists()
     python(*command(tmp_path))
     assert_same_end(undisturbed, tmp_path / FOLDER)
 
@@ -404,7 +404,7 @@ def test_killed_while_writing(tmp_path):
         time.sleep(generator.uniform(0, 0.05))
         run.kill(signal.SIGKILL)
         assert run.wait() == -9
-        left_halfway += (tmp_path / ".checkpoint.tmp").exists()
+        left_halfway += (tmp_path / ".last.pth.tmp").exists()
         numbers = []
         for name in ("last.pth", "previous.pth", "best.pth"):
             content = read_checkpoint(tmp_path / name)

@@ -1,16 +1,17 @@
 """Fine-tuning and transfer: frozen parts, layer-wise learning rates, moving averages, parts of the data."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, TINY, python
+from conftest import ROOT, TINY, python, start_processes
 from timm.optim import param_groups_layer_decay
 
 import models
-from checkpoint import read_checkpoint
+from checkpoint import classifier_names, other_classes, read_checkpoint
 from config import get_default_config, load_config
 from data import build_sources
 from data.build import select
@@ -53,11 +54,15 @@ def test_freeze():
     assert trained(model) == {"head.fc.weight", "head.fc.bias"}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "sparse_mlp_tiny"])
-def test_freeze_the_backbone_of_other_models(name):
+@pytest.mark.parametrize(
+    "name, heads",
+    [("resnet18", 1), ("vit_tiny_patch16_224", 1), ("sparse_mlp_tiny", 1), ("deit_tiny_distilled_patch16_224", 2)],
+)
+def test_freeze_the_backbone_of_other_models(name, heads):
     model = timm.create_model(name, num_classes=3)
     freeze(model, "backbone")
-    assert len(trained(model)) == 2 and all(p.shape[0] == 3 for p in model.parameters() if p.requires_grad)
+    assert trained(model) == set(classifier_names(model)) and len(trained(model)) == 2 * heads
+    assert all(p.shape[0] == 3 for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +172,28 @@ def test_select_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "classes, per_class, message",
     [
-        ("3,cat", 0, r"DATA\.CLASSES has cat; classes of the data: 0, 1, 2"),
+        ("3,cat", 0, r"DATA\.CLASSES has 'cat', which the data has not; its classes: 0, 1, 2"),
         ("3,4", 10**6, r"DATA\.IMAGES_PER_CLASS is 1000000, but the training data has 14\d of 3"),
     ],
 )
 def test_select_what_is_not_there(classes, per_class, message):
     with pytest.raises(DataError, match=message):
         select(digits(), classes, per_class)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, expected",
+    [
+        (["ant", "bee"], ["ant", "bee"], False),
+        (["ant", "bee"], ["bee", "ant"], True),
+        (["ant", "bee"], ["ant", "bee", "cat"], True),
+        (None, ["ant", "bee"], False),
+        ([], ["ant", "bee"], False),  # of a zip file, which has no names
+        (["ant", "bee"], [], False),
+    ],
+)
+def test_other_classes(theirs, ours, expected):
+    assert other_classes({} if theirs is None else {"classes": theirs}, ours) == expected
 
 
 # As a user
@@ -256,10 +276,53 @@ def test_moving_average(pretrained, tmp_path):
 
 def test_moving_average_on_a_run_that_had_none(pretrained, tmp_path):
     """It starts from the weights that are there."""
+    before, _, _ = fine_tune(tmp_path, pretrained)
+    content, _, printed = fine_tune(tmp_path, pretrained, "TRAIN.EMA_DECAY", 1 - 1e-9, "TRAIN.EPOCHS", 2)
+    assert "TRAIN.EMA_DECAY was 0.0, is 0.99" in printed and content["epoch"] == 2
+    # timm's warm-up of the decay, of two steps that are not the run's first.
+    name = "head.fc.weight"
+    assert not torch.equal(content["model_ema"][name], content["model"][name])
+    start, average, end = before["model"][name], content["model_ema"][name], content["model"][name]
+    assert (average - start).norm() < (end - start).norm() and (average - end).norm() < (end - start).norm()
+
+
+@pytest.mark.parametrize("decays", [(0.9, 0.0), (0.0, 0.9)])
+def test_moving_average_switched_inside_an_epoch(tmp_path, decays):
+    """On two processes, whose running statistics differ there."""
+
+    def run(decay: float, *opts):
+        command = ("main.py", "--cfg", CFG, "--output", tmp_path, "--opts", *SHORT, "DATA.CLASSES", "0,1,2,3,4")
+        return start_processes(2, *command, "DATA.BATCH_SIZE", 2, "TRAIN.EMA_DECAY", decay, *opts)
+
+    first = run(decays[0], "TRAIN.EPOCHS", 30)
+    first[0].wait_for("epoch 1/30 step 3")
+    first[1].kill(signal.SIGTERM)
+    assert [process.wait() for process in first] == [75, 75]
+    content = read_checkpoint(tmp_path / RUN / "default/last.pth")
+    assert content["progress"]["buffers"] is not None and ("model_ema" in content) == (decays[0] > 0)
+    second = run(decays[1], "TRAIN.EPOCHS", content["epoch"] + 1)
+    assert [process.wait() for process in second] == [0, 0], second[0].stderr
+    assert ("model_ema" in read_checkpoint(tmp_path / RUN / "default/last.pth")) == (decays[1] > 0)
+
+
+def test_what_cannot_change_in_a_run(pretrained, tmp_path):
+    """Its message says what to do instead."""
     fine_tune(tmp_path, pretrained)
-    content, _, printed = fine_tune(tmp_path, pretrained, "TRAIN.EMA_DECAY", 0.9, "TRAIN.EPOCHS", 2)
-    assert "TRAIN.EMA_DECAY was 0.0, is 0.9" in printed and content["epoch"] == 2
-    assert content["model_ema"].keys() == content["model"].keys()
+    command = ("main.py", "--cfg", CFG, "--output", tmp_path, "--opts", *SHORT, "TRAIN.EPOCHS", 2, "DATA.CLASSES")
+    for opts, message in (
+        (("9,8,7,6,5",), "was trained on classes 5, 6, 7, 8, 9, but the data has 9, 8, 7, 6, 5"),
+        (("5,6,7,8,9", "TRAIN.FREEZE", "backbone"), "TRAIN.FREEZE was none, is backbone"),
+        (("5,6,7,8,9", "TRAIN.LAYER_DECAY", 0.5), "TRAIN.LAYER_DECAY was 1.0, is 0.5"),
+    ):
+        result = python(*command, *opts, ok=False)
+        assert message in result.stderr and "--pretrained" in result.stderr and result.returncode == 1
+
+
+def test_random_weights_and_images_left_out_are_told(tmp_path):
+    opts = ("TRAIN.FREEZE", "backbone", "DATA.IMAGES_PER_CLASS", 3, "DATA.BATCH_SIZE", 16)
+    result = python("main.py", "--cfg", CFG, "--output", tmp_path, "--opts", *SHORT, *opts)
+    assert "but the weights are random; --pretrained names others" in result.stdout
+    assert "each epoch leaves out 14 of 30 images, too few for a batch of 16" in result.stdout
 
 
 def test_evaluation_warns_of_other_classes(pretrained):
@@ -274,7 +337,7 @@ def test_errors(tmp_path):
         (("TRAIN.FREEZE", "stages.9"), "TRAIN.FREEZE names 'stages.9'"),
         (("TRAIN.LAYER_DECAY", "1.5"), "TRAIN.LAYER_DECAY is 1.5; accepted: more than 0, to 1"),
         (("TRAIN.EMA_DECAY", "1"), "TRAIN.EMA_DECAY is 1.0; accepted: 0 to less than 1"),
-        (("DATA.CLASSES", "0,cat"), "DATA.CLASSES has cat"),
+        (("DATA.CLASSES", "0,cat"), "DATA.CLASSES has 'cat'"),
     ):
         result = python("main.py", "--cfg", CFG, "--output", tmp_path, "--opts", *TINY, *opts, ok=False)
         assert message in result.stderr and "Traceback" not in result.stderr

@@ -8,7 +8,7 @@ from conftest import TINY, python, write_image_folder
 from PIL import Image
 
 import models  # noqa: F401  (registers them)
-from checkpoint import load_weights, read_checkpoint
+from checkpoint import CheckpointError, load_weights, read_checkpoint
 from config import ConfigError, get_default_config, image_size, load_config
 from data import build_eval_loader, build_sources, build_train_loader
 from data.transforms import build_transform
@@ -179,6 +179,15 @@ def test_other_shapes_are_still_errors():
     with pytest.raises(RuntimeError, match="size mismatch"):
         model = small("strip_mlp_tiny", 96)
         model.load_state_dict(model.resample(state))
+
+
+def test_number_that_is_shown_as_many_is_not_resampled():
+    """A few bytes of a file could ask for any amount of memory."""
+    state = small("strip_mlp_tiny", 64).state_dict()
+    name = "stages.0.0.token_mixing.cgsmm.strip_h.weight"
+    state[name] = torch.zeros(()).expand(2, 10**5, 10**5, 3)
+    with pytest.raises(CheckpointError, match=r"other shape: .*strip_h\.weight \(2, 100000, 100000, 3\)"):
+        load_weights(small("strip_mlp_tiny", 96), {"model": state}, "file.pth")
 
 
 # Rectangles in the config and the data

@@ -280,16 +280,22 @@ def test_pretrained_file_of_another_size(trained):
 
 
 HUB = """
-import sys, torch
+import functools, sys, torch
 folder, checkpoint = sys.argv[1:]
-model = torch.hub.load(folder, "strip_mlp_pico", source="local", checkpoint=checkpoint)
+load = functools.partial(torch.hub.load, folder, source="local")
+model = load("strip_mlp_pico", checkpoint=checkpoint).eval()
 assert model.num_classes == 4, model.num_classes
-larger = torch.hub.load(folder, "strip_mlp_pico", source="local", checkpoint=checkpoint, img_size=64, num_classes=2)
+larger = load("strip_mlp_pico", checkpoint=checkpoint, img_size=64, num_classes=2)
 assert larger(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
-assert torch.hub.load(folder, "sparse_mlp_tiny", source="local", img_size=32).num_classes == 1000
-print(model.eval()(torch.ones(1, 3, 32, 32)).tolist())
+assert load("sparse_mlp_tiny", img_size=32).num_classes == 1000
+x = torch.ones(1, 3, 32, 32)
+features = load("strip_mlp_pico", checkpoint=checkpoint, num_classes=0).eval()(x)
+torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+pyramid = load("strip_mlp_pico", checkpoint=checkpoint, features_only=True, in_chans=1)
+torch.testing.assert_close(pyramid.model.stages[3].state_dict(), model.stages[3].state_dict())
+print(model(x).tolist())
 try:
-    torch.hub.load(folder, "strip_mlp_tiny", source="local", checkpoint=checkpoint)
+    load("strip_mlp_tiny", checkpoint=checkpoint)
 except Exception as error:
     print(error)
 """

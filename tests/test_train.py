@@ -21,6 +21,7 @@ import yaml
 from conftest import ROOT, TINY, environment, python, write_image, write_image_folder
 from yacs.config import CfgNode
 
+from checkpoint import read_checkpoint
 from config import load_config
 from models import StripMLP
 
@@ -309,6 +310,9 @@ def test_zip_and_cache_modes(image_folder, tmp_path):
         record = metrics(tmp_path / "smlp_base_alpha3_patch4_224_imagenet1k" / tag)[0]
         losses[tag] = record["train_loss"], record["val_loss"]
     assert losses["folder"] == losses["zip"] == losses["part"]  # on one process, its share is everything
+    # A zip file has no names of classes, and so says nothing against those of the folders.
+    named, unnamed = (next(tmp_path.glob(f"*/{tag}/last.pth")) for tag in ("folder", "zip"))
+    assert read_checkpoint(named)["classes"] == ["class0", "class1"] and read_checkpoint(unnamed)["classes"] == []
 
 
 def test_a_timm_model_trains_under_the_same_recipe(image_folder, tmp_path):

@@ -10,7 +10,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from trained import Trained, add_arguments, load_trained
 
-from checkpoint import CheckpointError, save_safetensors
+from checkpoint import CheckpointError, read_checkpoint, save_safetensors
 from config import ConfigError, leaves, load_config
 from data.transforms import build_transform
 from models import build_model
@@ -97,7 +97,7 @@ def test_ours(tmp_path):
     assert trained.classes == NAMES
     assert trained.path == tmp_path / "best.pth"
     assert trained.device == torch.device("cpu")
-    assert leaves(trained.config) == {**leaves(config), "DEVICE": "cpu"}
+    assert leaves(trained.config) == leaves(config)
 
 
 def test_preprocess_is_the_evaluation_s(tmp_path):
@@ -264,3 +264,39 @@ def test_device_that_is_not_there(tmp_path):
     add_arguments(parser)
     with pytest.raises(UserError, match="PyTorch finds no CUDA device; accepted here: auto, cpu"):
         load_trained(parser.parse_args([str(save_ours(tmp_path / "a.pth")), "--device", "cuda"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.STRIP_MLP.LAYERS", [10**8, 1, 1, 1], "its config is of a model of inf parameters"),
+        ("MODEL.STRIP_MLP.EMBED_DIM", 4096, "its config is of a model of"),
+        ("MODEL.STRIP_MLP.EMBED_DIM", 2**30, "the model of its config cannot be built"),
+        ("MODEL.NUM_CLASSES", 10**15, "its config is of a model of"),
+        ("DATA.IMG_SIZE", 320_000, "its config is of a model of"),
+    ],
+)
+def test_config_of_a_model_that_the_weights_are_not_of(tmp_path, key, value, message):
+    """A small file does not make a large model."""
+    path = save_ours(tmp_path / "a.pth")
+    content = read_checkpoint(path)
+    save(path, {**content, "config": {**content["config"], key: value}})
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_names_of_classes_are_printable(tmp_path):
+    trained_model = load(save_ours(tmp_path / "a.pth", classes=["\033[2J", *"bcdefghij"]))
+    assert trained_model.classes[0] == r"'\x1b[2J'" and trained_model.known_classes == trained_model.classes
+
+
+def test_guessed_names_are_not_known(tmp_path):
+    trained_model = load(save_ours(tmp_path / "a.pth", classes=None))
+    assert trained_model.classes == list("0123456789") and trained_model.known_classes == []
+
+
+def test_device_of_the_training_does_not_matter(tmp_path):
+    path = save_ours(tmp_path / "a.pth")
+    content = read_checkpoint(path)
+    save(path, {**content, "config": {**content["config"], "DEVICE": "cuda"}})
+    assert load(path, "--device", "cpu").device.type == "cpu" and load(path).model is not None

@@ -19,7 +19,8 @@ from pathlib import Path
 from trained import Trained, add_arguments, load_trained
 
 from checkpoint import CheckpointError, save_checkpoint, save_safetensors
-from config import leaves
+from config import get_default_config, leaves
+from models.build import released_patch_channels
 from utils import UserError, run_entry_point
 
 SUFFIXES = (".pth", ".safetensors")
@@ -45,7 +46,7 @@ def write(trained: Trained, output: Path, names: str) -> None:
     Raises:
         CheckpointError: it cannot be written, or there are no released models like this one.
     """
-    weights, config, classes = trained.model.state_dict(), leaves(trained.config), trained.classes
+    weights, config, classes = trained.model.state_dict(), leaves(trained.config), trained.known_classes
     if names == "released":
         convert = getattr(sys.modules[type(trained.model).__module__], "released_state_dict", None)
         if convert is None:
@@ -53,12 +54,28 @@ def write(trained: Trained, output: Path, names: str) -> None:
                 f"{trained.path}: is of a {type(trained.model).__name__}, of which there are no released names; "
                 "accepted for --to released: Strip-MLP and Sparse MLP"
             )
+        check_released(trained)
         weights, config, classes = convert(trained.model), {}, []
     if output.suffix == ".safetensors":
         save_safetensors(weights, output, config, classes)
     else:
         others = {"config": config, "classes": classes}
         save_checkpoint({"model": weights, **{key: value for key, value in others.items() if value}}, output)
+
+
+def check_released(trained: Trained) -> None:
+    """Raises CheckpointError for what the released code would take for another model, or cannot build: ablations."""
+    if trained.config.MODEL.TYPE != "strip_mlp_layer":
+        return  # all of Sparse MLP is released
+    keys, defaults = trained.config.MODEL.STRIP_MLP, get_default_config().MODEL.STRIP_MLP
+    free = ("EMBED_DIM", "LAYERS", "ALPHA", "PATCH_CHANNELS")
+    other = [f"{key} {keys[key]}" for key in keys if key not in free and keys[key] != defaults[key]]
+    if keys.PATCH_CHANNELS not in (0, released_patch_channels(keys.EMBED_DIM)):
+        other.append(f"PATCH_CHANNELS {keys.PATCH_CHANNELS}")
+    if other:
+        raise CheckpointError(
+            f"{trained.path}: there is no released model with MODEL.STRIP_MLP {', '.join(other)}; accepted: --to ours"
+        )
 
 
 def main() -> None:

@@ -444,7 +444,9 @@ def draw(canvases: Dataset, found: Sequence[Target], classes: Sequence[str]) -> 
         Line2D([], [], color=TRUTH_COLOR, linestyle="--", label="true"),
         Line2D([], [], color=SECOND_COLOR, label=f"found, with a score of {SHOWN_SCORE} or more"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=11, facecolor="#808080")
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, fontsize=11, facecolor="#404040", labelcolor="white"
+    )
     return figure
 
 

@@ -47,7 +47,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from trained import Trained, add_arguments, load_trained
 
-from data import build_eval_loader, build_sources, check_num_classes
+from config import image_size
+from data import build_eval_loader
+from data.transforms import SMALL_IMAGE
 from distributed import World
 from utils import UserError, run_entry_point, writing_to
 
@@ -99,9 +101,9 @@ def prepare(trained: Trained, reparameterize: bool, normalize: bool) -> nn.Modul
     return NormalizedModel(model, trained.normalize).eval() if normalize else model
 
 
-def random_images(size: int, batch: int) -> Tensor:
-    """uint8 (batch, 3, size, size), always the same."""
-    return torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def random_images(size: tuple[int, int], batch: int) -> Tensor:
+    """uint8 (batch, 3, H, W), always the same."""
+    return torch.randint(256, (batch, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def numbers(values: Tensor) -> str:
@@ -111,23 +113,34 @@ def numbers(values: Tensor) -> str:
 
 def metadata(trained: Trained, reparameterized: bool, normalize: bool) -> dict[str, str]:
     """What a user of the file must know; lists as JSON."""
-    size, classes = trained.config.DATA.IMG_SIZE, len(trained.classes)
+    (height, width), classes, config = image_size(trained.config), len(trained.classes), trained.config
     values = (
         "uint8, RGB from 0 to 255"
         if normalize
         else "float32, RGB from 0 to 255 divided by 255, less mean, divided by std"
     )
     return {
-        "model": trained.config.MODEL.NAME,
-        "input": f"images (N, 3, {size}, {size}), {values}",
+        "model": config.MODEL.NAME,
+        "input": f"images (N, 3, {height}, {width}), {values}",
         "output": f"logits (N, {classes}), float32, without softmax",
-        "image_size": str(size),
+        "image_size": json.dumps([height, width]),
+        "preprocessing": preprocessing(trained.config),
         "mean": numbers(trained.normalize.mean),
         "std": numbers(trained.normalize.std),
         "classes": json.dumps(trained.classes),
         "normalizes": json.dumps(normalize),
         "reparameterized": json.dumps(reparameterized),
     }
+
+
+def preprocessing(config) -> str:
+    """What evaluation does to an image of any size, before the normalisation (data/transforms.py)."""
+    (height, width), method = image_size(config), config.DATA.INTERPOLATION
+    method = "bicubic" if method == "random" else method
+    if max(height, width) <= SMALL_IMAGE or not config.TEST.CROP:
+        return f"resize to {height} x {width} (height x width), {method}, as Pillow does"
+    cover = f"{int(256 / 224 * height)} x {int(256 / 224 * width)}"
+    return f"resize, keeping the ratio, to cover {cover} (height x width), {method}, as Pillow does; crop the centre"
 
 
 def require_onnx() -> None:
@@ -180,12 +193,16 @@ def write_program(model: nn.Module, images: Tensor, path: Path, properties: Mapp
 def quantize(source: Path, path: Path) -> None:
     """Writes an ONNX file with matrix products, and convolutions without groups, in 8-bit integers."""
     import onnx
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with quiet():
-        # Folds what is computed of weights alone: only weights that are stored can be quantised.
-        quant_pre_process(source, path, skip_symbolic_shape=True, skip_onnx_shape=True)
+        # Folds what is computed of weights alone: only weights that are stored can be quantised. (Some versions of ONNX
+        # Runtime's quant_pre_process lose their file where they are to do no more than that.)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(path)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         model = onnx.load(path)
         # Of before folding, which the quantiser takes for contradictions.
         model.graph.ClearField("value_info")
@@ -255,7 +272,7 @@ def exporting(name: str, form: str):
 
 
 @torch.inference_mode()
-def largest_difference(one: Form, other: Form, size: int) -> float:
+def largest_difference(one: Form, other: Form, size: tuple[int, int]) -> float:
     """Between their logits for random images, in batches of several sizes; NaN if there is one among them."""
     batches = [random_images(size, batch) for batch in CHECKED_BATCHES]
     return torch.stack([(one.run(images) - other.run(images)).abs().max() for images in batches]).max().item()
@@ -269,9 +286,8 @@ def evaluate(trained: Trained, forms: Sequence[Form]) -> int:
     Returns:
         The number of images.
     """
-    world = World(0, 0, 1, torch.device("cpu"))
-    source = build_sources(trained.config, world, train=False).val
-    check_num_classes(trained.config, source)
+    source = trained.validation_source()
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     loader = build_eval_loader(trained.config, source, world)
     for number, batch in enumerate(tqdm(loader, desc="evaluation", leave=False, disable=None)):
         if number == 0:
@@ -295,7 +311,7 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
     Raises:
         UserError: it cannot be exported or written, or computes something else.
     """
-    size = trained.config.DATA.IMG_SIZE
+    size = image_size(trained.config)
     write, runner, name = FORMATS[args.format]
     before = (lambda images: images) if args.normalize else (lambda images: trained.normalize(images).contiguous())
     forms = [Form("PyTorch", lambda images: trained.model(trained.normalize(images)))]
@@ -305,8 +321,9 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
         path = Path(folder, f"exported{output.suffix}")
         model = prepare(trained, args.reparameterize, args.normalize)
         properties = metadata(trained, args.reparameterize, args.normalize)
+        images = before(random_images(size, TRACED_BATCH))
         with exporting(trained.config.MODEL.NAME, args.format):
-            write(model, before(random_images(size, TRACED_BATCH)), path, properties)
+            write(model, images, path, properties)
         bar.update()
 
         bar.set_description("check")

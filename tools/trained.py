@@ -14,10 +14,19 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from checkpoint import CheckpointError, count_classes, load_weights, read_checkpoint
+from checkpoint import (
+    CheckpointError,
+    count_classes,
+    find_weights,
+    load_weights,
+    other_classes,
+    read_checkpoint,
+)
 from config import config_of, load_config
-from data import build_normalize
+from data import build_normalize, build_sources, check_num_classes, sources
+from data.sources import Source, printable
 from data.transforms import build_transform
+from distributed import World
 from models import build_model
 from utils import UserError
 
@@ -27,7 +36,8 @@ class Trained:
     """A model in evaluation mode, and what it takes to use it.
 
     Attributes:
-        classes: their names, in label order.
+        classes: their names, in label order, for people: guessed where nobody names them.
+        known_classes: the same where the checkpoint or --classes names them, else nothing.
         config: of the run that made it, or of --cfg, with --opts on top; `MODEL.NUM_CLASSES` is the model's.
         path: of the checkpoint.
         transform: of one image, RGB, to (3, H, W) uint8, as in evaluation.
@@ -36,6 +46,7 @@ class Trained:
 
     model: nn.Module
     classes: list[str]
+    known_classes: list[str]
     config: CfgNode
     path: Path
     device: torch.device
@@ -45,6 +56,21 @@ class Trained:
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """A batch (N, 3, H, W), normalised, on the model's device."""
         return self.normalize(torch.stack([self.transform(image) for image in images]).to(self.device))
+
+    def validation_source(self) -> Source:
+        """The validation images of the config's data; classes of other names than the model's are noted on stderr.
+
+        Raises:
+            UserError: the data is not there, or has another number of classes.
+        """
+        source = build_sources(self.config, World(rank=0, local_rank=0, size=1, device=self.device), train=False).val
+        check_num_classes(self.config, source)
+        if other_classes({"classes": self.known_classes}, sources.class_names(source)):
+            note = (
+                "was trained on classes of other names than the data has: what is said about mistakes may mean nothing"
+            )
+            print(f"note: {self.path} {note}", file=sys.stderr)
+        return source
 
 
 def add_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -72,10 +98,8 @@ def load_trained(args: argparse.Namespace) -> Trained:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
     """
     content = read_checkpoint(args.checkpoint)
-    config = read_config(content, args.checkpoint, args.cfg, args.opts).clone()
+    config = read_config(content, args.checkpoint, args.cfg, args.opts, ema=not args.no_ema).clone()
     config.defrost()
-    if args.device:
-        config.DEVICE = args.device
     ema = not args.no_ema
     if not config.MODEL.NUM_CLASSES:
         config.MODEL.NUM_CLASSES = 1
@@ -87,12 +111,14 @@ def load_trained(args: argparse.Namespace) -> Trained:
     for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
         print(f"note: {note}", file=sys.stderr)
     has_cuda = torch.cuda.is_available()
-    if config.DEVICE == "cuda" and not has_cuda:
+    if args.device == "cuda" and not has_cuda:
         raise UserError("--device is cuda, but PyTorch finds no CUDA device; accepted here: auto, cpu")
-    device = torch.device("cuda" if config.DEVICE != "cpu" and has_cuda else "cpu")
+    device = torch.device("cuda" if args.device != "cpu" and has_cuda else "cpu")
+    known = class_names(content, args.checkpoint, args.classes, config.MODEL.NUM_CLASSES)
     return Trained(
         model.to(device).eval(),
-        class_names(content, args.checkpoint, args.classes, config.MODEL.NUM_CLASSES),
+        known or guessed_names(config.MODEL.NUM_CLASSES),
+        known,
         config,
         args.checkpoint,
         device,
@@ -101,8 +127,12 @@ def load_trained(args: argparse.Namespace) -> Trained:
     )
 
 
-def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str]) -> CfgNode:
-    """The frozen config of --cfg, or else of the checkpoint, with `opts` on top."""
+def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str], ema: bool = True) -> CfgNode:
+    """The frozen config of --cfg, or else of the checkpoint, with `opts` on top.
+
+    Raises:
+        UserError: there is none, or it is not one of the weights in the checkpoint.
+    """
     if cfg:
         return load_config(cfg, opts)[0]
     values = content.get("config")
@@ -111,7 +141,28 @@ def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[st
             f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
             "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
         )
+    check_size(config_of(values, str(path)), find_weights(content, path, ema), path)
     return config_of(values, str(path), opts)
+
+
+def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError for a config of a model that is far larger than the weights beside it: a few bytes could
+    ask for any amount of memory and time."""
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or 1
+    numbers = sum(value.numel() for value in weights.values())
+    parameters = float("inf")
+    if sum(config.MODEL.STRIP_MLP.LAYERS) <= max(100, len(weights)):
+        try:
+            with torch.device("meta"):
+                parameters = sum(parameter.numel() for parameter in build(config).parameters())
+        except (RuntimeError, OverflowError) as error:  # sizes beyond 64 bits
+            raise CheckpointError(f"{path}: the model of its config cannot be built: {error}") from error
+    if parameters > 2 * numbers + 10_000:
+        raise CheckpointError(
+            f"{path}: its config is of a model of {parameters:,} parameters, but it holds {numbers:,} numbers"
+        )
 
 
 def build(config) -> nn.Module:
@@ -123,8 +174,8 @@ def build(config) -> nn.Module:
 
 
 def class_names(content: Mapping, path: Path, listing: Path | None, count: int) -> list[str]:
-    """Of `count` classes, in label order: from the file `listing`, or else from the checkpoint, or else ImageNet-1K's,
-    or else their numbers."""
+    """Of `count` classes, in label order, printable: from the file `listing`, or else from the checkpoint, or else
+    nothing."""
     if listing:
         try:
             names = listing.read_text(encoding="utf-8").splitlines()
@@ -132,10 +183,15 @@ def class_names(content: Mapping, path: Path, listing: Path | None, count: int) 
             raise UserError(f"--classes {listing}: cannot be read: {error}") from error
         if len(names) != count:
             raise UserError(f"--classes {listing}: has {len(names)} lines, but the model of {path} has {count} classes")
-        return names
+        return [printable(name) for name in names]
     names = content.get("classes")
     if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
-        return names
+        return [printable(name) for name in names]
+    return []
+
+
+def guessed_names(count: int) -> list[str]:
+    """ImageNet-1K's names where there are 1,000 classes, else their numbers."""
     if count == 1000:
         imagenet = ImageNetInfo("imagenet-1k")
         return [imagenet.index_to_description(index) for index in range(count)]

@@ -22,7 +22,7 @@ from sklearn.metrics import confusion_matrix
 from tables import as_csv
 from tqdm import tqdm
 
-from data import build_eval_loader, build_sources, check_num_classes
+from data import build_eval_loader
 from data.sources import Source
 from distributed import World
 from engine import autocast, resolve_amp
@@ -108,9 +108,7 @@ def draw(args: argparse.Namespace) -> tuple[Figure, Figure, str]:
     if args.data_path:
         args.opts = [*args.opts, "DATA.DATA_PATH", args.data_path]
     model = trained.load_trained(args)
-    world = World(rank=0, local_rank=0, size=1, device=model.device)
-    source = build_sources(model.config, world, train=False).val
-    check_num_classes(model.config, source)
+    source = model.validation_source()
     found = predict(model, source)
     images = [pixels(model.transform(source.load(found.index[i]))) for i in found.wrong[: args.count]]
     return (
@@ -129,9 +127,10 @@ def summary(found: Predictions) -> str:
 
 def draw_mistakes(found: Predictions, images: Sequence[np.ndarray], source: Source, classes: Sequence[str]) -> Figure:
     """A grid of the worst mistakes, whose images are given."""
-    columns = 4
+    columns = max(2, min(4, len(images)))  # the title needs the width of two
     rows = max(1, math.ceil(len(images) / columns))
-    figure = Figure(figsize=(WIDTH, 0.4 + rows * (WIDTH / columns + 0.5)), layout="constrained")
+    side = WIDTH / 4
+    figure = Figure(figsize=(columns * side, 0.4 + rows * (side + 0.5)), layout="constrained")
     which = f", the {len(images)} of highest loss" if len(images) < len(found.wrong) else ""
     figure.suptitle(summary(found) + which, fontsize=10)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
