@@ -214,7 +214,7 @@ def test_second_signal_to_a_process_that_waits_for_another(tmp_path):
 
 def test_signal_before_training_begins(tmp_path):
     run = Run(*command(tmp_path))
-    run.wait_for("config:")
+    run.wait_for("parameters; torch")
     run.kill(signal.SIGUSR1)
     assert run.wait(30) == 75
     assert "stopped before training began" in run.stderr or "saved in" in run.stdout

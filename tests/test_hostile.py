@@ -201,7 +201,7 @@ def resume(path: Path, kind: str) -> TrainingState:
     content = read_training_state(path)
     model = Tiny()
     load_weights(model, content, path)
-    main.log_resume(config, content, path, log)
+    main.log_resume(config, content, path, [], log)
     state = TrainingState(model, build_optimizer(config, model, 0.1), build_scaler(amp, CPU), amp)
     state.restore_rest(content, path, config, IMAGES, STEPS, ALONE, log)
     assert 0 <= state.progress.step <= STEPS

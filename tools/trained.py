@@ -66,10 +66,7 @@ class Trained:
         source = build_sources(self.config, World(rank=0, local_rank=0, size=1, device=self.device), train=False).val
         check_num_classes(self.config, source)
         if other_classes({"classes": self.known_classes}, sources.class_names(source)):
-            note = (
-                "was trained on classes of other names than the data has: what is said about mistakes may mean nothing"
-            )
-            print(f"note: {self.path} {note}", file=sys.stderr)
+            print(f"note: {self.path} was trained on classes of other names than the data has", file=sys.stderr)
         return source
 
 
