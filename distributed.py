@@ -111,6 +111,9 @@ def _agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: timedelt
 def close_world(world: World) -> None:
     """Leaves the process group."""
     if world.distributed:
+        # Gloo's threads need the interpreter to let go of their last tensors. Older versions of PyTorch (2.6) hold it
+        # while they wait for the threads to end, for ever.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
