@@ -1,5 +1,6 @@
 """What the end-to-end tests share: small image folders, and running the project's scripts as a user would."""
 
+import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -70,6 +71,15 @@ def load_tool(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def trained_model(*arguments):
+    """What tools/trained.py makes of a command line."""
+    import trained
+
+    parser = argparse.ArgumentParser()
+    trained.add_arguments(parser)
+    return trained.load_trained(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def free_port() -> str:

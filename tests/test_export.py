@@ -1,7 +1,6 @@
 """Exported files: the same logits for any batch, what they say about themselves, int8, and what is left where an
 export fails."""
 
-import argparse
 import json
 import logging
 import shutil
@@ -12,8 +11,8 @@ from types import SimpleNamespace
 import export
 import pytest
 import torch
-from conftest import ROOT, TINY, python
-from trained import Trained, add_arguments, load_trained
+from conftest import ROOT, TINY, python, trained_model
+from trained import Trained
 
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
@@ -48,9 +47,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(checkpoint) -> Trained:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return load_trained(parser.parse_args([str(checkpoint), "--device", "cpu"]))
+    return trained_model(checkpoint, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -350,13 +350,20 @@ def test_imagenet_checkpoint_to_a_folder_of_images(image_folder, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("strip_mlp_tiny", embed_dim=8, depths=(1, 1, 1, 1))  # 224 x 224, 1000 classes
     torch.save({"model": released_state_dict(model), "epoch": 299}, tmp_path / "released.pth")
-    for recipe, size in (("smlp_tiny_224", 224), ("smlp_tiny_384", 384), ("smlp_tiny_linear_probe", 224)):
+    for recipe, height, width in (
+        ("smlp_tiny_224", 224, 224),
+        ("smlp_tiny_224", 32, 32),
+        ("smlp_tiny_224", 64, 96),
+        ("smlp_tiny_384", 384, 384),
+        ("smlp_tiny_linear_probe", 224, 224),
+    ):
+        size = ("DATA.IMG_SIZE", f"[{height},{width}]") if height < 224 else ()
         command = ("main.py", "--cfg", f"configs/finetune/{recipe}.yaml", "--data-path", image_folder)
         command += ("--pretrained", tmp_path / "released.pth", "--output", tmp_path, "--batch-size", 8)
-        result = python(*command, "--opts", *small)
+        result = python(*command, "--tag", f"at_{height}", "--opts", *small, *size)
         assert "a new one for 2 classes" in result.stdout
-        assert (f"resampled from 224 x 224 to {size} x {size} pixels" in result.stdout) == (size != 224)
-    best = tmp_path / "smlp_tiny_finetune_224/default/best.pth"
+        assert (f"resampled from 224 x 224 to {height} x {width} pixels" in result.stdout) == (height != 224)
+    best = tmp_path / "smlp_tiny_finetune_224/at_224/best.pth"
     predicted = python("tools/predict.py", best, image_folder / "val", "--top-k", 1, "--format", "csv")
     assert predicted.stdout.count("class") >= 7
 

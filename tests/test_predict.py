@@ -1,6 +1,5 @@
 """Predictions: as the evaluation's, whatever the batches, in three formats; and what is done about bad files."""
 
-import argparse
 import csv
 import io
 import json
@@ -13,9 +12,9 @@ import numpy as np
 import predict
 import pytest
 import torch
-from conftest import ROOT, TINY, python
+from conftest import ROOT, TINY, python, trained_model
 from PIL import Image
-from trained import Trained, add_arguments, load_trained
+from trained import Trained
 
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
@@ -41,9 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(checkpoint) -> Trained:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return load_trained(parser.parse_args([str(checkpoint), "--device", "cpu"]))
+    return trained_model(checkpoint, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

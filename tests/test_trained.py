@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, trained_model
 from PIL import Image
 from trained import Trained, add_arguments, load_trained
 
@@ -30,9 +30,7 @@ def make(seed: int = 0, count: int = 10):
 
 
 def load(*arguments) -> Trained:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return load_trained(parser.parse_args([*map(str, arguments), "--device", "cpu"]))
+    return trained_model(*arguments, "--device", "cpu")
 
 
 def save(path: Path, content: dict) -> Path:
@@ -252,7 +250,7 @@ def test_config_that_is_none(tmp_path, config):
 
 def test_config_with_a_bad_value(tmp_path):
     path = save_ours(tmp_path / "a.pth")
-    content = torch.load(path)
+    content = read_checkpoint(path)
     content["config"]["MODEL.STRIP_MLP.STRIP_WIDTH"] = 4
     with pytest.raises(ConfigError, match=r"a\.pth: MODEL\.STRIP_MLP\.STRIP_WIDTH is 4; accepted: 1, 3, 5"):
         load(save(path, content))

@@ -223,7 +223,7 @@ def test_strips(command, tmp_path, checkpoint, monkeypatch):
 
 
 def build_from(path):
-    content = torch.load(path)
+    content = torch.load(path, weights_only=True)
     model = build_model(load_config(DIGITS, ["MODEL.NUM_CLASSES", "10"])[0]).eval()
     model.load_state_dict(content["model"])
     return model

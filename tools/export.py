@@ -4,9 +4,9 @@
     python tools/export.py best.pth --format torch --normalize --output model.pt2
     python tools/export.py best.pth --int8 --output model_int8.onnx --evaluate
 
-The file takes batches of any size as `images` and gives `logits` (N, classes), float32. `images` are RGB, (N, 3, S, S):
+The file takes batches of any size as `images` and gives `logits` (N, classes), float32. `images` are RGB, (N, 3, H, W):
 float32, normalised as in training; with --normalize uint8, 0 to 255, which the file normalises itself. What it takes,
-the size S, mean, std and the names of the classes are in the file: ONNX's metadata_props, or metadata.json in a .pt2.
+H and W, mean, std and the names of the classes are in the file: ONNX's metadata_props, or metadata.json in a .pt2.
 
 Before the file gets its name, its logits for random images, of batch sizes 1 and 3, are compared with those of the
 model itself in PyTorch: where they differ by more than --tolerance, nothing is written.
@@ -63,7 +63,7 @@ CHECKED_BATCHES = (1, 3)
 
 
 class NormalizedModel(nn.Module):
-    """A model with its normalisation before it. Shape: uint8 (N, 3, S, S) -> (N, classes)."""
+    """A model with its normalisation before it. Shape: uint8 (N, 3, H, W) -> (N, classes)."""
 
     def __init__(self, model: nn.Module, normalize: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -78,7 +78,7 @@ class Form:
     """One way to compute the model.
 
     Attributes:
-        run: uint8 images (N, 3, S, S) to logits (N, classes), normalisation included.
+        run: uint8 images (N, 3, H, W) to logits (N, classes), normalisation included.
         path: its file, if it has one.
         difference: the largest from the model's logits for random images.
         hits: validation images that it classified rightly.
@@ -227,7 +227,7 @@ def onnx_runner(path: Path, before: Callable[[Tensor], Tensor]) -> Callable[[Ten
     """An ONNX file on the CPU, on as many threads as PyTorch has.
 
     Args:
-        before: what is done to uint8 images (N, 3, S, S) first.
+        before: what is done to uint8 images (N, 3, H, W) first.
     """
     import onnxruntime
 

@@ -4,6 +4,10 @@
 #   bash tools/quickstart.sh
 # VENV and PYTHON: see tools/setup_venv.sh. OUTPUT: root of the output folders (default: output).
 set -euo pipefail
+if [ $# -gt 0 ]; then  # it has no options
+  sed -n '2,5s/^# \{0,1\}//p' "$0"
+  case $1 in -h | --help) exit 0 ;; *) exit 2 ;; esac
+fi
 cd "$(dirname "$0")/.."
 source tools/setup_venv.sh
 setup_venv requirements.txt
