@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import models  # noqa: F401  (registers the models with timm)
-from checkpoint import count_classes, load_weights, read_checkpoint
+from runtime.checkpoint import count_classes, load_weights, read_checkpoint
 
 dependencies = ["numpy", "safetensors", "timm", "torch", "yacs", "yaml"]
 

@@ -26,23 +26,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import main_eval
-import stopping
-from checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
 from config import add_arguments, find, get_config, leaves, save_config
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, check_num_classes
 from data.sources import class_names
-from distributed import TIMEOUT, World, close_world, from_main, init_world, lost_processes_named
-from engine import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
+from engine.epoch import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, train_one_epoch
+from engine.finite import build_scaler
+from engine.state import Progress, TrainingState
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model, freeze, prepare_model, token_mixing_weights
-from nonfinite import build_scaler
 from optimizer import build_optimizer
-from run_folder import RunFolder, open_run_folder
-from stopping import Stopped, StopRequest
-from training_state import Progress, TrainingState
+from runtime import signals
+from runtime.checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
+from runtime.distributed import TIMEOUT, World, close_world, from_main, init_world, lost_processes_named
+from runtime.run_folder import RunFolder, open_run_folder
+from runtime.signals import Stopped, StopRequest
+from runtime.watchdog import Watchdog
 from utils import UserError, run_entry_point, seed_all, writing_to
-from watchdog import Watchdog
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,7 +73,7 @@ def main() -> None:
             try:
                 train(config, notes, world, request)
             except Stopped:
-                status = stopping.EXIT_STATUS
+                status = signals.EXIT_STATUS
         close_world(world)
     sys.exit(status)
 

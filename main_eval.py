@@ -13,15 +13,15 @@ from pathlib import Path
 import timm
 import torch
 
-from checkpoint import CheckpointError, load_weights, other_classes, read_checkpoint
 from config import add_arguments, get_config
 from data import build_eval_loader, build_sources, check_num_classes
 from data.sources import class_names
-from distributed import World, close_world, init_world, lost_processes_named
-from engine import LoadingFailed, evaluate, resolve_amp, throughput
+from engine.epoch import LoadingFailed, evaluate, resolve_amp, throughput
 from logger import ALL_RANKS, create_logger, json_numbers
 from models import build_model, prepare_model
-from run_folder import run_path
+from runtime.checkpoint import CheckpointError, load_weights, other_classes, read_checkpoint
+from runtime.distributed import World, close_world, init_world, lost_processes_named
+from runtime.run_folder import run_path
 from utils import UserError, run_entry_point
 
 

@@ -6,7 +6,7 @@ import torch
 from timm.models import group_parameters
 from torch import nn
 
-from checkpoint import LARGEST, is_plain
+from runtime.checkpoint import LARGEST, is_plain
 from utils import UserError
 
 # By optimizer: what it remembers of every parameter, in the parameter's shape.

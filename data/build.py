@@ -12,8 +12,8 @@ from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
 from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource, printable
 from data.transforms import build_transform
-from distributed import World, main_process_first
-from stopping import ignore_signals
+from runtime.distributed import World, main_process_first
+from runtime.signals import ignore_signals
 
 DIGITS_TEST_IMAGES = 360  # 20 % of 1,797, rounded up
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from checkpoint import classifiers
+from runtime.checkpoint import classifiers
 
 
 def freeze(model: nn.Module, what: str) -> None:

@@ -40,8 +40,8 @@ from tables import as_csv, markdown
 
 from config import ConfigError, get_default_config, image_size, leaves, load_config, read_yaml
 from models import build_model
-from run_folder import run_path
-from stopping import EXIT_STATUS
+from runtime.run_folder import run_path
+from runtime.signals import EXIT_STATUS
 from utils import UserError, run_entry_point, writing_to
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -58,10 +58,10 @@ from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import IMAGE_FORMATS, FolderSource, Source
 from data.transforms import SMALL_IMAGE, RandomResizedCrop, build_transform
-from distributed import World, init_world
-from engine import autocast, resolve_amp
+from engine.epoch import autocast, resolve_amp
 from models import build_model
 from optimizer import build_optimizer
+from runtime.distributed import World, init_world
 from utils import UserError, run_entry_point, seed_all, writing_to
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"

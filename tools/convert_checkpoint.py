@@ -18,9 +18,9 @@ from pathlib import Path
 
 from trained import Trained, add_arguments, load_trained
 
-from checkpoint import CheckpointError, save_checkpoint, save_safetensors
 from config import get_default_config, leaves
 from models.build import released_patch_channels
+from runtime.checkpoint import CheckpointError, save_checkpoint, save_safetensors
 from utils import UserError, run_entry_point
 
 SUFFIXES = (".pth", ".safetensors")

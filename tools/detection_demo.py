@@ -52,9 +52,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
-from checkpoint import load_weights, read_checkpoint, save_checkpoint
 from data import digit_sources
 from data.sources import Source
+from runtime.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils import UserError, run_entry_point, seed_all, writing_to
 
 FILES = ("results.json", "detections.png", "detector.pth")

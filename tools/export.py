@@ -50,7 +50,7 @@ from trained import Trained, add_arguments, load_trained
 from config import image_size
 from data import build_eval_loader
 from data.transforms import SMALL_IMAGE
-from distributed import World
+from runtime.distributed import World
 from utils import UserError, run_entry_point, writing_to
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  # by --format

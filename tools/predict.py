@@ -39,8 +39,8 @@ from tqdm import tqdm
 from trained import Trained, add_arguments, load_trained
 
 from data.sources import decode, find_images, printable, read_file
-from engine import autocast, resolve_amp
-from stopping import ignore_signals
+from engine.epoch import autocast, resolve_amp
+from runtime.signals import ignore_signals
 from utils import UserError, run_entry_point
 
 

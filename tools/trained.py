@@ -14,7 +14,12 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from checkpoint import (
+from config import config_of, load_config
+from data import build_normalize, build_sources, check_num_classes, sources
+from data.sources import Source, printable
+from data.transforms import build_transform
+from models import build_model
+from runtime.checkpoint import (
     CheckpointError,
     count_classes,
     find_weights,
@@ -22,12 +27,7 @@ from checkpoint import (
     other_classes,
     read_checkpoint,
 )
-from config import config_of, load_config
-from data import build_normalize, build_sources, check_num_classes, sources
-from data.sources import Source, printable
-from data.transforms import build_transform
-from distributed import World
-from models import build_model
+from runtime.distributed import World
 from utils import UserError
 
 

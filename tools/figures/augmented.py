@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import load_config
 from data import build_batch_transform, build_mixup, build_sources, build_train_loader, check_num_classes
-from distributed import World
+from runtime.distributed import World
 from utils import seed_all
 
 from .common import WIDTH, at_least, pixels, shorten

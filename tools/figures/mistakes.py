@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from data import build_eval_loader
 from data.sources import Source
-from distributed import World
-from engine import autocast, resolve_amp
+from engine.epoch import autocast, resolve_amp
+from runtime.distributed import World
 from utils import UserError
 
 from .common import WIDTH, at_least, pixels, shorten

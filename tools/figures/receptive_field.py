@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
 from config import image_size
-from distributed import init_world
+from runtime.distributed import init_world
 from utils import UserError
 
 from .common import WIDTH, at_least, load_image, shorten

@@ -1,0 +1,187 @@
+"""All that a run needs to go on as if it had not stopped, in memory and as a checkpoint's content."""
+
+import uuid
+from dataclasses import dataclass, field
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from config import leaves
+from engine.finite import training_buffers
+from logger import ALL_RANKS
+from optimizer import load_optimizer_state
+from runtime.checkpoint import FORMAT, CheckpointError, load_weights
+from runtime.distributed import World, gather_rows
+
+
+def _zeros() -> Tensor:
+    return torch.zeros(2, dtype=torch.float64)
+
+
+@dataclass
+class Progress:
+    """Where an epoch stands after `step` optimizer steps."""
+
+    step: int = 0
+    trained: bool = False  # all steps are done and statistics averaged over the processes: evaluation is next
+    skipped: int = 0  # of the steps, because they were not finite
+    skipped_in_row: int = 0
+    seconds: float = 0.0
+    # Of this process only:
+    losses: Tensor = field(default_factory=_zeros)  # float64: sum over the passes of steps not skipped, their number
+    unreadable: int = 0  # images
+
+
+@dataclass
+class TrainingState:
+    """What changes in training. The learning rate and everything random depend on the position alone.
+
+    Attributes:
+        model: not wrapped.
+        amp: dtype of mixed precision, None for full precision.
+        classes: their names, for whoever uses the checkpoint without the data.
+        ema: moving average of the model's weights and statistics, if any.
+        run: identifies the run that writes the checkpoints, over restarts.
+        epoch: epochs done, which is the number of the current one, from 0.
+        best: {"top1": percent, "epoch": after which}.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    amp: torch.dtype | None = None
+    classes: list[str] = field(default_factory=list)
+    ema: ModelEmaV3 | None = None
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    epoch: int = 0
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
+
+    def capture(self, config, images: int, world: World) -> dict[str, Any]:
+        """The content of a checkpoint. To be called by all processes: what is each process's own is gathered.
+
+        Args:
+            images: in the training data, to notice when it has changed.
+        """
+        progress = self.progress
+        states = {"model": self.model.state_dict()}
+        if self.ema:
+            states["model_ema"] = self.ema.module.state_dict()
+        own = [*progress.losses.tolist(), progress.unreadable]
+        ranks = gather_rows(torch.tensor(own, dtype=torch.float64, device=world.device), world)
+        buffers = None
+        if world.distributed and progress.step > 0 and not progress.trained:
+            # Inside an epoch each process has running statistics of its own; whoever evaluates this gets the mean.
+            mine = self._statistics()
+            if mine:
+                buffers = gather_rows(torch.cat([value.flatten().double() for value in mine.values()]), world)
+                for (state, name), value in _split(buffers.mean(dim=0), mine).items():
+                    states[state] = {**states[state], name: value}
+        return {
+            "format": FORMAT,
+            "run": self.run,
+            **states,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.amp == torch.float16 else {},
+            "epoch": self.epoch,
+            "progress": {
+                "step": progress.step,
+                "trained": progress.trained,
+                "skipped": progress.skipped,
+                "skipped_in_row": progress.skipped_in_row,
+                "seconds": progress.seconds,
+                "losses": ranks[:, :2],  # (processes, 2)
+                "unreadable": ranks[:, 2].long(),  # (processes,)
+                "buffers": buffers,  # (processes, elements)
+            },
+            "best": dict(self.best),
+            "config": leaves(config),
+            "classes": list(self.classes),
+            "processes": world.size,
+            "images": images,
+        }
+
+    def _statistics(self) -> dict[tuple[str, str], Tensor]:
+        """Running statistics, of the model and of its moving average, by key in the checkpoint and name."""
+        models = {"model": self.model} | ({"model_ema": self.ema.module} if self.ema else {})
+        return {(key, name): v for key, model in models.items() for name, v in training_buffers(model).items()}
+
+    def restore_rest(
+        self, content: dict[str, Any], path: Path, config, images: int, steps: int, world: World, logger: Logger
+    ) -> None:
+        """Takes over all but the weights from a checkpoint (`load_weights` has put those into the model).
+
+        Args:
+            content: what `read_training_state` gave for `path`.
+            images: in the training data now.
+            steps: optimizer steps per epoch now.
+
+        Raises:
+            CheckpointError: the optimizer's state or the running statistics are not those of this model.
+        """
+        try:
+            load_optimizer_state(self.optimizer, content["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        if self.ema and "model_ema" in content:
+            load_weights(self.ema.module, content, path, same_size=True)
+        if content["scaler"] and self.amp == torch.float16:
+            self.scaler.load_state_dict(content["scaler"])
+        self.epoch = content["epoch"]
+        self.best = dict(content["best"])
+        saved = content["progress"]
+        progress = self.progress = Progress(
+            skipped=saved["skipped"], skipped_in_row=saved["skipped_in_row"], seconds=saved["seconds"]
+        )
+        processes = content["processes"] or world.size  # format 1 does not say
+        if processes == world.size and len(saved["losses"]) == processes:
+            progress.losses = saved["losses"][world.rank].clone()
+            progress.unreadable = int(saved["unreadable"][world.rank])
+            if saved["buffers"] is not None:
+                # Those of the moving average come after the model's, if that run had one.
+                sections = [key for key in ("model", "model_ema") if key in content]
+                own, mine = training_buffers(self.model), self._statistics()
+                like = {(key, name): value for key in sections for name, value in own.items()}
+                elements = sum(value.numel() for value in like.values())
+                if saved["buffers"].shape[1] != elements:
+                    found = saved["buffers"].shape[1]
+                    raise CheckpointError(f"{path}: has {found} running statistics, but the model {elements}")
+                for key, value in _split(saved["buffers"][world.rank], like).items():
+                    if not value.isfinite().all():  # in the model's precision
+                        raise CheckpointError(f"{path}: the running statistics {key[1]} are not finite numbers")
+                    if key in mine:
+                        mine[key].copy_(value)
+        elif world.is_main:
+            progress.losses = saved["losses"].sum(dim=0)
+            progress.unreadable = int(saved["unreadable"].sum())
+        progress.losses = progress.losses.to(world.device)
+        progress.trained = saved["trained"]
+        if content["images"] not in (None, images):
+            logger.warning(
+                f"the training data had {content['images']} images, has {images}: the samples come in another order",
+                extra=ALL_RANKS,
+            )
+        before = global_batch(content["config"], processes)
+        now = global_batch(leaves(config), world.size)
+        progress.step = steps if progress.trained else min(saved["step"] * before // now, steps)
+        if before != now:
+            logger.warning(
+                f"the global batch was {before} images ({processes} processes), is {now} ({world.size}): "
+                "the learning rates change with it, and the run will not end as it would have",
+                extra=ALL_RANKS,
+            )
+
+
+def global_batch(values: dict[str, Any], processes: int) -> int:
+    """Images per optimizer step over all processes; `values` are a config's leaves."""
+    return values["DATA.BATCH_SIZE"] * values["TRAIN.ACCUMULATION_STEPS"] * processes
+
+
+def _split(row: Tensor, like: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """The inverse of concatenating `like`'s values."""
+    parts = row.split([value.numel() for value in like.values()])
+    return {n: part.view_as(value).to(value.dtype) for (n, value), part in zip(like.items(), parts, strict=True)}

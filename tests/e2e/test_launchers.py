@@ -1,0 +1,127 @@
+"""The launchers and what several processes must agree on (gloo, CPU)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, TINY, environment, free_port, python, start_processes, torchrun, write_image_folder
+
+CONFIG = ("--cfg", "configs/smlp_base_alpha3_patch4_224_imagenet1k.yaml")
+RUN = "smlp_base_alpha3_patch4_224_imagenet1k/default"
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluate(image_folder, tmp_path, checkpoint, processes: int, batch_size: int) -> dict:
+    result = tmp_path / f"eval_{processes}_{batch_size}.json"
+    command = ("main_eval.py", *CONFIG, "--data-path", image_folder, "--batch-size", batch_size)
+    named = ("--resume", checkpoint, "--json", result)
+    for run in start_processes(processes, *command, *named, "--opts", *TINY):
+        assert run.wait() == 0, run.stderr
+    return json.loads(result.read_text())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_commands_of_the_released_readme(processes, image_folder, tmp_path):
+    """Training, and then evaluation of what it left, without a word about checkpoints."""
+    launch = ("-m", "torch.distributed.launch", "--nproc_per_node", processes, "--master_port", free_port())
+    options = (*CONFIG, "--data-path", image_folder, "--batch-size", 8, "--output", tmp_path, "--opts", *TINY)
+    python(*launch, "main.py", *options)
+    assert (tmp_path / RUN / "best.pth").is_file()
+    assert (tmp_path / RUN / f"log_rank{processes - 1}.txt").is_file()
+    assert [record["epoch"] for record in metrics(tmp_path / RUN)] == [1]
+    result = python(*launch, "main_eval.py", *options)
+    assert "on 7 images" in result.stdout
+
+
+def test_old_launchers_pass_local_rank(image_folder, tmp_path):
+    """As torch.distributed.launch of PyTorch 1.x did, without setting LOCAL_RANK."""
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    options = ("--data-path", image_folder, "--batch-size", 8, "--output", tmp_path, "--opts", *TINY)
+    python("main.py", "--local_rank=0", *CONFIG, *options, **env)
+    assert (tmp_path / RUN / "last.pth").is_file()
+
+
+def test_two_processes_train_resume_and_agree(image_folder, tmp_path):
+    """After training on two processes, which normalise by statistics of their own, every process evaluates and saves
+    the same model."""
+    options = (*CONFIG, "--data-path", image_folder, "--batch-size", 4, "--accumulation-steps", 3)
+    opts = ("--opts", *TINY, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 1)
+    for process in start_processes(2, "main.py", *options, "--output", tmp_path / "a", *opts):
+        assert process.wait() == 0, process.stderr
+    run = tmp_path / "a" / RUN
+    records = metrics(run)
+    # 16 images / 2 processes / 4 images = 2 passes, fewer than 3: one step each epoch, of both.
+    assert "step 1/1" in (run / "log_rank0.txt").read_text()
+
+    # The losses in metrics.jsonl come from both processes' models, half of the images each.
+    alone = evaluate(image_folder, tmp_path, run / "last.pth", processes=1, batch_size=8)
+    assert alone["images"] == 7
+    assert records[-1]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
+    assert records[-1]["top1"] == alone["top1"]
+
+    # Stopped after the second epoch and resumed, the run ends with the same weights.
+    resumed = tmp_path / "b" / RUN
+    resumed.mkdir(parents=True)
+    (resumed / "last.pth").write_bytes((run / "ckpt_epoch_2.pth").read_bytes())
+    for process in start_processes(2, "main.py", *options, "--output", tmp_path / "b", *opts):
+        assert process.wait() == 0, process.stderr
+    a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (run, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_evaluation_is_the_same_on_any_number_of_processes(tmp_path):
+    """Every image once: 19 images on 1, 2 and 3 processes, in batches that leave remainders."""
+    data = write_image_folder(tmp_path / "data", train=16, val=19, classes=3)
+    train = ("main.py", *CONFIG, "--data-path", data, "--batch-size", 8, "--output", tmp_path)
+    python(*train, "--opts", *TINY)
+    checkpoint = tmp_path / RUN / "last.pth"
+    expected = evaluate(data, tmp_path, checkpoint, processes=1, batch_size=19)
+    assert expected["images"] == 19
+    for processes, batch_size in ((1, 4), (2, 4), (3, 4)):
+        result = evaluate(data, tmp_path, checkpoint, processes, batch_size)
+        assert result["images"] == 19
+        assert (result["top1"], result["top5"]) == (expected["top1"], expected["top5"])
+        assert result["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+
+
+def test_one_process_downloads_while_the_others_wait(tmp_path):
+    """On two processes, the second enters only after the first has left."""
+    script = tmp_path / "enter.py"
+    script.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(sys.path[0])!r})\n"
+        "from distributed import close_world, init_world, main_process_first\n"
+        "world = init_world('cpu')\n"
+        "with main_process_first(world):\n"
+        "    print(f'enter {world.rank} {time.time():.6f}', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    print(f'leave {world.rank} {time.time():.6f}', flush=True)\n"
+        "close_world(world)\n"
+    )
+    times = {}
+    for line in torchrun(2, script, PYTHONPATH=".").stdout.splitlines():
+        event, rank, time = line.split()
+        times[event, rank] = float(time)
+    assert times["enter", "1"] >= times["leave", "0"]
+
+
+@pytest.mark.parametrize(("tool", "expected"), [("dist_train.sh", "nothing left"), ("dist_eval.sh", "on 7 images")])
+def test_shell_wrappers(tool, expected, image_folder, tmp_path):
+    options = ["--data-path", image_folder, "--batch-size", "8", "--output", tmp_path, "--opts", *TINY]
+    python("main.py", *CONFIG, *options)
+    result = subprocess.run(
+        ["bash", f"tools/{tool}", CONFIG[1], "2", *options],
+        cwd=ROOT,
+        env=environment(PYTHON=sys.executable, PORT=free_port()),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout

@@ -1,0 +1,478 @@
+"""The ablation command, from config files to a table, with runs that fail, are stopped, or need not be."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import ablate
+import pytest
+from ablate import base_of, behaviour, find_configs, load_settings, options_of, problems, report, to_train
+from compare_runs import read_run
+
+from config import load_config, save_config
+from tests.helpers import ROOT, environment, python
+from utils import UserError
+
+BASE = """
+DATA: {IMG_SIZE: 32, BATCH_SIZE: 8, NUM_WORKERS: 0}
+MODEL:
+  NAME: small
+  STRIP_MLP: {EMBED_DIM: 8, LAYERS: [1, 1, 1, 1]}
+TRAIN: {EPOCHS: 2, WARMUP_EPOCHS: 1}
+AUG: {AUTO_AUGMENT: none}
+"""
+
+
+def setting(line: str = "") -> str:
+    return f"BASE: ../base.yaml\nMODEL: {{STRIP_MLP: {{{line}}}}}\n" if line else "BASE: ../base.yaml\n"
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """base.yaml, and in settings/ what is given by name."""
+
+    def write(**files: str) -> Path:
+        (tmp_path / "settings").mkdir()
+        (tmp_path / "base.yaml").write_text(BASE)
+        for name, text in files.items():
+            (tmp_path / "settings" / f"{name}.yaml").write_text(text)
+        return tmp_path / "settings"
+
+    return write
+
+
+def arguments(*configs, **kwargs) -> Namespace:
+    """A parsed command line."""
+    defaults = {"base": None, "seeds": [0], "epochs": None, "data_path": None, "processes": 1, "opts": []}
+    defaults |= {"output": Path("out"), "configs": [str(path) for path in configs]}
+    return Namespace(**{**defaults, **kwargs})
+
+
+def write_run(setting, seed, top1, output, *opts, epochs=2):
+    """The folder of a run that main.py has trained."""
+    config, _ = load_config(setting.path, [*opts, "OUTPUT", str(output), "SEED", str(seed)])
+    folder = Path(output) / config.MODEL.NAME / ablate.tag(setting, seed)
+    folder.mkdir(parents=True)
+    save_config(config, folder)
+    numbers = {"train_loss": 1.0, "lr": 1e-3, "val_loss": 0.5, "images_per_second": 100.0, "seconds": 2.0}
+    lines = [{"epoch": epoch, **numbers, "top1": top1, "top5": 100.0} for epoch in range(1, epochs + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with open(path) as file:
+        return {row["setting"]: row for row in csv.DictReader(file)}
+
+
+# From the command line, with real training
+
+
+def test_from_configs_to_a_table(configs, image_folder, tmp_path):
+    folder = configs(
+        wide=setting("STRIP_WIDTH: 5"),
+        same=setting(),
+        idle=setting("PATCH_CHANNELS: 4"),  # which 0, the default, stands for at this width
+        unknown=setting("BRANCHES: neither"),
+        unbuildable=setting("PATCH_CHANNELS: 3"),
+    )
+    output = tmp_path / "out"
+    command = ("tools/ablate.py", folder, "--data-path", image_folder, "--seeds", "0", "--output", output)
+    result = python(*command, ok=False)
+    assert result.returncode == 1
+    assert "3 runs to train, 0 finished before" in result.stdout
+    assert "idle: MODEL.STRIP_MLP.PATCH_CHANNELS 4 changes nothing in the model; not trained" in result.stderr
+    assert "unbuildable seed 0: FAILED: status 1: the model of the config cannot be built" in result.stdout
+    assert "BRANCHES is 'neither'; accepted: both, cgsmm, lsmm" in result.stderr
+
+    rows = rows_of(output / "ablation.csv")
+    assert list(rows) == ["base", "idle", "same", "unbuildable", "unknown", "wide"]
+    assert {name: row["seeds"] for name, row in rows.items() if row["seeds"] == "1"}.keys() == {
+        *("base", "idle", "same", "wide")
+    }
+    metrics = [json.loads(line) for line in (output / "small/wide_seed0/metrics.jsonl").read_text().splitlines()]
+    assert float(rows["wide"]["top1"]) == metrics[-1]["top1"]
+    assert float(rows["wide"]["delta_to_base"]) == metrics[-1]["top1"] - float(rows["base"]["top1"])
+    assert rows["same"]["top1"] == rows["idle"]["top1"] == rows["base"]["top1"]
+    assert rows["unbuildable"]["top1"] == rows["unknown"]["top1"] == ""
+    assert int(rows["wide"]["parameters"]) > int(rows["base"]["parameters"]) > 0
+    assert float(rows["wide"]["images_per_second"]) > 0
+    assert "unknown: FAILED" in (output / "ablation.md").read_text()
+    assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    with open(output / "runs.csv") as file:
+        runs = {row["setting"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in runs.items()} == {
+        **{"base": "finished", "wide": "finished"},
+        **{"unbuildable": "failed", "unknown": "failed"},
+    }
+    assert "cannot be built" in runs["unbuildable"]["remark"]
+    assert rows["unbuildable"]["status"] == "0 of 1, 1 failed"
+    assert "imagenet, 32 x 32 pixels, 2 epochs" in (output / "ablation.md").read_text()
+
+    # Finished runs are left alone.
+    before = {path: path.stat().st_mtime_ns for path in (output / "small").rglob("*.pth")}
+    again = python(*command, "--print", ok=False)  # unknown.yaml is not among them
+    lines = again.stdout.splitlines()
+    assert len(lines) == 1
+    assert "unbuildable.yaml" in lines[0]
+    again = python(*command[:1], *[folder / f"{name}.yaml" for name in ("wide", "same")], *command[2:])
+    assert "0 runs to train, 2 finished before" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (output / "small").rglob("*.pth")} == before
+
+
+def test_stopped_and_continued(configs, image_folder, tmp_path):
+    folder = configs(wide=setting("STRIP_WIDTH: 5"))
+    output = tmp_path / "out"
+    command = ["tools/ablate.py", folder, "--data-path", image_folder, "--seeds", "0", "--output", output]
+    command += ["--epochs", "60"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    metrics = output / "small/base_seed0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert "stopped; the same command goes on" in out
+    done = read_run(metrics.parent).epochs
+    assert 3 <= done < 60
+    assert not (output / "small/wide_seed0").exists()
+    assert f"base seed 0: stopped after {done} of 60 epochs" in (output / "ablation.md").read_text()
+
+    result = python(*command)
+    assert f"base seed 0, goes on after {done} epochs" in result.stdout
+    assert "resumed from" in (metrics.parent / "log_rank0.txt").read_text()
+    assert read_run(metrics.parent).finished
+    assert read_run(output / "small/wide_seed0").epochs == 60
+
+
+# Which runs there are
+
+
+def test_configs_of_paths_folders_and_globs(configs):
+    folder = configs(b=setting(), a=setting(), c=setting())
+    names = [path.stem for path in find_configs([str(folder / "c.yaml"), str(folder / "[ab]*"), str(folder)])]
+    assert names == ["c", "a", "b"]
+    for nothing in ("missing.yaml", str(folder / "z*.yaml")):
+        with pytest.raises(UserError, match="no config there"):
+            find_configs([nothing])
+
+
+def test_base(configs):
+    folder = configs(a=setting())
+    assert base_of(folder / "a.yaml").resolve() == (folder / "../base.yaml").resolve()
+    assert base_of(folder / "../base.yaml") is None
+    # A name may come from further down.
+    (folder / "b.yaml").write_text("BASE: a.yaml\n")
+    assert base_of(folder / "b.yaml").name == "a.yaml"
+    # What gives the model no name is a fragment, and no run.
+    assert base_of(ROOT / "configs/smlp_tiny_alpha3_patch4_224_cifar10.yaml") is None
+    for path in (ROOT / "configs/peers").glob("*.yaml"):
+        assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+
+
+def test_options_that_make_a_config_valid(configs, tmp_path):
+    """A warm-up longer than the training, in a base and in its setting, which --opts mends."""
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    (tmp_path / "base.yaml").write_text(BASE.replace("WARMUP_EPOCHS: 1", "WARMUP_EPOCHS: 20"))
+    settings = load_settings(arguments(folder, opts=["TRAIN.WARMUP_EPOCHS", "0"]))
+    assert [(s.name, s.problem) for s in settings] == [("base", ""), ("a", "")]
+
+
+def test_bases_of_bases(configs):
+    folder = configs(a=setting("STRIP_WIDTH: 5"), c="BASE: a.yaml\nTRAIN: {OPTIMIZER: {NAME: sgd}}\n")
+    settings = load_settings(arguments(folder / "c.yaml", folder / "a.yaml"))
+    assert [(s.name, s.base and s.base.name) for s in settings] == [("base", None), ("a", "base"), ("c", "a")]
+    assert "TRAIN.OPTIMIZER.NAME sgd" in report(settings, [0])["ablation.md"]
+
+
+def test_base_that_is_given(configs):
+    folder = configs(a=setting("STRIP_WIDTH: 5"), b=setting("STRIP_WIDTH: 7"))
+    settings = load_settings(arguments(folder, base=str(folder / "b.yaml")))
+    assert [(s.name, s.base and s.base.name, s.changes) for s in settings] == [
+        ("b", None, {}),
+        ("a", "b", {"MODEL.STRIP_MLP.STRIP_WIDTH": 5}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("", "as the base"),
+        ("PATCH_CHANNELS: 4", "changes nothing in the model"),
+        ("CGSMM_STRUCTURE: parallel", ""),  # as many parameters, other outputs
+        ("POSITION_TABLES: False", ""),
+        ("STRIP_WIDTH: 5", ""),
+    ],
+)
+def test_settings_that_change_nothing(configs, line, same):
+    base, changed = load_settings(arguments(configs(a=setting(line))))
+    assert base.same_as_base == ""
+    assert changed.same_as_base == same
+    assert [s.name for s, _ in to_train([base, changed], [0])] == (["base"] if same else ["base", "a"])
+
+
+def test_drop_path_is_a_change(configs):
+    """It shows in training alone."""
+    _, changed = load_settings(arguments(configs(a="BASE: ../base.yaml\nMODEL: {DROP_PATH_RATE: 0.5}\n")))
+    assert changed.same_as_base == ""
+    assert all(a.equal(b) for a, b in zip(behaviour(changed.config), behaviour(changed.config), strict=True))
+
+
+def test_labels_of_another_recipe_are_a_change(configs):
+    _, changed = load_settings(arguments(configs(a="BASE: ../base.yaml\nMODEL: {LABEL_SMOOTHING: 0.0}\n")))
+    assert changed.same_as_base == ""
+
+
+def test_stochastic_depth_of_branches_that_start_at_zero(tmp_path):
+    """In timm's ResNet every branch does, so that dropping one shows only when weights have moved."""
+    path = tmp_path / "deep.yaml"
+    path.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nMODEL: {{DROP_PATH_RATE: 0.3}}\nDATA: {{IMG_SIZE: 64}}")
+    base = tmp_path / "base.yaml"
+    base.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nDATA: {{IMG_SIZE: 64}}")
+    _, deep = load_settings(arguments(path, base=str(base)))
+    assert deep.changes == {"MODEL.DROP_PATH_RATE": 0.3}
+    assert deep.same_as_base == ""
+
+
+def test_two_settings_in_one_folder(configs, tmp_path):
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.yaml").write_text(setting("STRIP_WIDTH: 7"))
+    with pytest.raises(UserError, match=r"settings/a.yaml and .*other/a.yaml would share"):
+        load_settings(arguments(folder, tmp_path / "other"))
+
+
+def test_epochs_shorten_the_warm_up():
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_cifar10.yaml"
+    assert options_of(arguments(epochs=30), config) == ["TRAIN.EPOCHS", "30", "TRAIN.WARMUP_EPOCHS", "2"]
+    assert options_of(arguments(epochs=1), config) == ["TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+    opts = ["TRAIN.WARMUP_EPOCHS", "5"]
+    assert options_of(arguments(epochs=30, opts=opts), config) == ["TRAIN.EPOCHS", "30", *opts]
+
+
+def test_commands_for_a_scheduler(configs, monkeypatch, capsys, tmp_path):
+    folder = configs(a=setting("STRIP_WIDTH: 5"), broken=setting("STRIP_WIDTH: 4"))
+    words = ["--data-path", "my data", "--seeds", "3", "3", "4", "--processes", "8", "--opts", "AMP", "off"]
+    monkeypatch.setattr(
+        sys, "argv", ["ablate.py", str(folder / "a.yaml"), str(folder / "broken.yaml"), "--print", *words]
+    )
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        ablate.main()
+    assert ended.value.code == 1  # one is missing
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert len(lines) == 4
+    assert lines[1] == (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 8 main.py --cfg {folder}/a.yaml "
+        "--output output/ablation/settings --tag a_seed3 --data-path 'my data' --opts AMP off SEED 3"
+    )
+    assert [line.split()[-1] for line in lines] == ["3", "3", "4", "4"]
+    assert "broken: FAILED" in printed.err
+    assert "accepted: 1, 3, 5, 7, ..." in printed.err
+    assert "accepted: 1, 3, 5, 7, ..." in printed.err
+
+
+# What is there already
+
+
+def test_report(configs, tmp_path):
+    settings = load_settings(arguments(configs(a=setting("STRIP_WIDTH: 5")), output=tmp_path / "out"))
+    base, a = settings
+    for seed, top1 in enumerate((90.0, 92.0, 94.0)):
+        write_run(base, seed, top1, tmp_path / "out")
+    for seed, top1 in enumerate((80.0, 84.0)):
+        write_run(a, seed, top1, tmp_path / "out")
+    write_run(a, 2, 10.0, tmp_path / "out", epochs=1)
+    for s in settings:
+        for seed in range(3):
+            ablate.look(s, seed)
+    files = report(settings, range(3))
+    row = next(csv.DictReader(files["ablation.csv"].splitlines()))
+    assert (float(row["top1"]), float(row["top1_std"])) == (92.0, 2.0)
+    assert "90.00" not in files["ablation.md"]
+    assert "92.00 ± 2.00" in files["ablation.md"]
+    assert "| 2 of 3 | 82.00 ± 2.83 | -10.00 " in files["ablation.md"]
+    assert problems(settings, range(3)) == ["a seed 2: stopped after 1 of 2 epochs"]
+    (panel,) = files["ablation.png"].axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["base", "a"]
+    assert panel.get_title().endswith("imagenet, 32 x 32 pixels, 2 epochs, batch size 8")
+    bar = panel.containers[1]
+    assert bar.lines[0].get_xdata().tolist() == [82.0]
+    left, right = (cap.get_xdata()[0] for cap in bar.lines[1])
+    assert (right - left) / 2 == pytest.approx(8**0.5)
+
+
+def test_folder_of_another_config(configs, tmp_path):
+    """Is neither skipped nor gone on with."""
+    (base,) = load_settings(arguments(configs() / "../base.yaml", output=tmp_path / "out"))
+    write_run(base, 0, 90.0, tmp_path / "out", "TRAIN.BASE_LR", "1e-2", "DATA.DATA_PATH", "elsewhere")
+    with pytest.raises(UserError, match=r"TRAIN.BASE_LR 0.01, not 0.0005; give the options .* or another --output"):
+        ablate.look(base, 0)
+
+
+def test_folder_of_other_images_or_processes(configs, tmp_path):
+    images = {"data_path": str(tmp_path / "images"), "output": tmp_path / "out"}
+    (base,) = load_settings(arguments(configs() / "../base.yaml", **images))
+    write_run(base, 0, 90.0, tmp_path / "out", "DATA.DATA_PATH", str(tmp_path / "images"))
+    write_run(base, 1, 90.0, tmp_path / "out", "DATA.DATA_PATH", "others")
+    ablate.look(base, 0, processes=1)
+    assert base.runs[0].finished
+    with pytest.raises(UserError, match=r"holds a run with DATA.DATA_PATH"):
+        ablate.look(base, 1, processes=1)
+
+    metrics = base.runs[0].path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"top5"', '"processes": 8, "top5"'))
+    ablate.look(base, 0)  # to tabulate, nobody need say how many there were
+    assert base.runs[0].finished
+    with pytest.raises(UserError, match=r"holds a run with processes 8, not 1"):
+        ablate.look(base, 0, processes=1)
+
+
+def test_base_that_cannot_be_read(configs):
+    with pytest.raises(UserError, match=r"--base: typo.yaml"):
+        load_settings(arguments(configs(a=setting()), base="typo.yaml"))
+
+
+def test_base_that_is_broken(configs, tmp_path):
+    folder = configs(a=setting())
+    (tmp_path / "base.yaml").write_text(BASE + "SED: 3\n")
+    settings = load_settings(arguments(folder))
+    assert all("SED" in s.problem for s in settings)
+    assert "SED" in report(settings, [0])["ablation.md"]
+
+
+def test_model_that_cannot_run(tmp_path, monkeypatch):
+    """Is no obstacle to the others."""
+    for name in ("crossvit_9_240", "no_such_model"):
+        text = f"BASE: {ROOT}/configs/peers/resnet50.yaml\nMODEL: {{NAME: {name}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    settings = load_settings(arguments(tmp_path))
+    assert [s.name for s in settings] == ["resnet50", "crossvit_9_240", "no_such_model"]
+    assert [s.size is None for s in settings] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("a\nerror: data: no images\n", "data: no images"),
+        ("[rank 1] error: no images\n[rank 0] error: lost\n", "no images"),
+        ("Traceback ...\nRuntimeError: out of luck\n====\n", "RuntimeError: out of luck"),
+        ("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n====\n", "torch.OutOfMemoryError: CUDA out of memory"),
+        ("Killed\n\n", "Killed"),
+        ("", "printed nothing"),
+    ],
+)
+def test_why_a_run_failed(printed, message):
+    assert ablate.reason(1, printed, Path("console.txt")) == f"status 1: {message} (all of it: console.txt)"
+
+
+def test_a_table_is_not_replaced_by_an_empty_one(configs, tmp_path, monkeypatch):
+    """Where --report is not told what the runs were started with."""
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    out = tmp_path / "out"
+    words = ["ablate.py", str(folder), "--seeds", "0", "--output", str(out), "--report"]
+    options = ("TRAIN.EPOCHS", "3")
+    for s in load_settings(arguments(folder, epochs=3, output=out)):
+        write_run(s, 0, 90.0, out, *options, "TRAIN.WARMUP_EPOCHS", "2", epochs=3)
+    monkeypatch.setattr(sys, "argv", [*words, "--epochs", "3"])
+    with pytest.raises(SystemExit) as ended:
+        ablate.main()
+    assert ended.value.code == 0
+    before = (out / "ablation.md").read_text()
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match=r"TRAIN.EPOCHS 3, not 2"):
+        ablate.main()
+    assert (out / "ablation.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "folder"),
+    [("configs/peers", "peers"), ("configs/ablations/digits/table6_*.yaml", "digits"), ("configs/*/table.yaml", "")],
+)
+def test_default_output(monkeypatch, config, folder):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", config])
+    monkeypatch.chdir(ROOT)
+    assert ablate.parse_args().output == Path("output/ablation") / folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--opts", "SEED", "3"], "--opts SEED: chosen by this command"),
+        (["--opts", "AMP"], "--opts takes pairs"),
+        (["--epochs", "0"], "--epochs 0: accepted: 1 or more"),
+        (["--seeds", "-1"], "--seeds -1: accepted: 0 or more"),
+        (["--processes", "0"], "--processes 0: accepted: 1 or more"),
+    ],
+)
+def test_bad_arguments(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "configs/ablations/digits", *words])
+    with pytest.raises(SystemExit) as ended:
+        ablate.parse_args()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# The files in configs/
+
+
+@pytest.mark.parametrize("name", ["caltech101", "cifar100", "digits"])
+def test_ablations_of_the_paper(name, monkeypatch):
+    if name != "digits":  # where building every model takes long
+        monkeypatch.setattr(ablate, "model_size", lambda config: None)
+    settings = load_settings(arguments(ROOT / "configs/ablations" / name))
+    base = settings[0]
+    assert base.base is None
+    assert all(s.base is base and not s.problem for s in settings[1:])
+    changed = {s.name: {key.rpartition(".")[2]: value for key, value in s.changes.items()} for s in settings[1:]}
+    assert [changed.pop(f"table6_strip_width_{m}") for m in (1, 3, 5, 7)] == [
+        {"STRIP_WIDTH": m} if m != 3 else {} for m in (1, 3, 5, 7)
+    ]
+    released = base.values["MODEL.STRIP_MLP.PATCH_CHANNELS"]
+    patches = {1, 2, 4, 6 if name == "digits" else 8}
+    for q in patches:
+        assert changed.pop(f"table7_patch_channels_{q}") == ({"PATCH_CHANNELS": q} if q != released else {})
+    assert changed == {
+        "table7_one_patch": {"PATCH_CHANNELS": -1},
+        "table8_cascade": {},
+        "table8_parallel": {"CGSMM_STRUCTURE": "parallel"},
+        "table9_both": {},
+        "table9_cgsmm": {"BRANCHES": "cgsmm"},
+        "table9_lsmm": {"BRANCHES": "lsmm"},
+        "without_grn": {"GRN": False},
+        "without_position_tables": {"POSITION_TABLES": False},
+        "without_shortcuts": {"MULTI_SCALE_SHORTCUTS": False},
+    }
+    for s in settings[1:]:
+        assert bool(s.same_as_base) == (not s.changes)
+        assert s.values["TAG"] == s.name  # so that main.py alone, too, keeps them apart
+
+
+def test_peers_differ_in_the_model_alone(monkeypatch):
+    monkeypatch.setattr(ablate, "model_size", lambda config: None)
+    settings = load_settings(arguments(ROOT / "configs/peers"))
+    assert len(settings) == 14
+    for s in settings[1:]:
+        assert set(s.changes) == {"MODEL.TYPE", "MODEL.NAME"}
+        assert not s.problem
+    resnet = str(ROOT / "configs/peers/resnet50.yaml")
+    (base, other) = load_settings(arguments(ROOT / "configs/peers/resnet101.yaml", base=resnet))
+    assert base.changes == {}
+    assert other.changes == {"MODEL.NAME": "resnet101"}

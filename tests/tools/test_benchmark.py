@@ -1,0 +1,448 @@
+"""The benchmark: that it compares what it says, counts what it says, and writes it down. No test is of a speed."""
+
+import csv
+import json
+import math
+import sys
+
+import benchmark
+import benchmark_report
+import pytest
+import roofline
+import timing
+import timm
+import torch
+from complexity import Complexity
+from contenders import (
+    Contender,
+    LiteralStripMLP,
+    Step,
+    build,
+    parse_contenders,
+    random_batch,
+    set_checkpointing,
+)
+from growth import Counted, Exponent
+from peak_memory import PREDICTS_FROM, backward, measured_peak, predicted_peak
+from timing import Quartiles, Timing, interleave, ratio, rotated
+from torch import nn
+
+from models.strip_mlp import checkpoint_filter_fn
+from tests.helpers import ROOT
+from utils import run_entry_point
+
+CPU = torch.device("cpu")
+needs_prediction = pytest.mark.skipif(torch.__version__ < PREDICTS_FROM, reason="needs a newer PyTorch")
+PICO = ["strip_mlp_pico", "literal:strip_mlp_pico"]
+QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    """The real ones take seconds."""
+    benchmark.ceilings_of.cache_clear()
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: roofline.Ceilings(1e12, "linear", 1e10))
+    monkeypatch.setattr(timing, "SHORTEST", 0.0)
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments)])
+    monkeypatch.chdir(ROOT)
+    benchmark.main()
+
+
+def refused(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_entry_point(benchmark.main)
+    assert ended.value.code in (1, 2)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["strip_mlp_pico", "strip_mlp_tiny_light"])
+def test_literal_is_ours(name):
+    model = build(name, 64)
+    equations = LiteralStripMLP(model)
+    images, _ = random_batch(4, 64, CPU, "channels_last")
+    with torch.no_grad():
+        torch.testing.assert_close(equations.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(equations.train()(images), model.train()(images), rtol=1e-3, atol=1e-3)
+    ours, theirs = ({p.numel(): None for p in m.parameters()} for m in (model, equations))
+    assert ours == theirs
+    released = {name: getattr(equations, flat) for name, flat in equations.names.items()}
+    model.load_state_dict(checkpoint_filter_fn(released, model))
+
+
+def test_literal_trains_like_ours():
+    images, targets = random_batch(2, 32, CPU, "channels_last")
+    losses = [Step(Contender(name), images, targets, "training") for name in PICO]
+    first, second = ([float(step()) for _ in range(2)] for step in losses)
+    assert first == pytest.approx(second, rel=1e-3)
+    for step in losses:
+        assert all(p.isfinite().all() for p in step.model.parameters())
+        assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_mixed_precision(dtype, task):
+    images, targets = random_batch(2, 32, CPU, "contiguous")
+    step = Step(Contender("strip_mlp_pico"), images, targets, task, dtype)
+    result = step()
+    assert result.isfinite().all()
+    assert result.dtype == (torch.float32 if task == "training" else dtype)
+    assert {p.dtype for p in step.model.parameters()} == {torch.float32}
+
+
+def test_names():
+    texts = ["resnet18", "literal:strip_mlp_tiny", "resnet18:eager", "convnext_atto:compile"]
+    labels = [c.label for c in parse_contenders(texts, ["eager", "compile"])]
+    assert labels == [
+        *("resnet18", "resnet18:compile", "literal:strip_mlp_tiny", "literal:strip_mlp_tiny:compile"),
+        "convnext_atto:compile",
+    ]
+    assert Contender("strip_mlp_tiny", "compile").literal == "literal:strip_mlp_tiny"
+
+
+def test_default_set():
+    args = benchmark.parse_args(["--device", "cpu"])
+    assert [g.task for g in benchmark.as_groups(args)] == ["inference", "training"]
+    assert {(g.dtype, g.batch, g.img_size) for g in benchmark.as_groups(args)} == {("float32", 8, 224)}
+    names = [c.model for c in parse_contenders(args.contenders, args.modes)]
+    assert names[:2] == ["strip_mlp_tiny", "literal:strip_mlp_tiny"]
+    assert [name.partition("_")[0] for name in names[2:]] == ["swin", "convnext", "resnet50", "resmlp"]
+
+
+def test_order_rotates():
+    assert [rotated("abc", i) for i in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+
+    class Fake:
+        def __init__(self, fails=False):
+            self.fails = fails
+
+        def __call__(self):
+            if self.fails:
+                raise torch.OutOfMemoryError
+
+        def synchronize(self):
+            pass
+
+    steps = {"a": Fake(), "b": Fake(fails=True), "c": Fake()}
+    timings = {label: Timing() for label in steps}
+    orders = []
+    interleave(steps, timings, rounds=4, budget=60, on_round=orders.append)
+    assert orders == [["a", "b", "c"], ["c", "a"], ["a", "c"], ["c", "a"]]
+    assert [len(t.seconds) for t in timings.values()] == [4, 0, 4]
+    assert timings["b"].problem == "out of memory"
+    interleave(steps, timings, rounds=9, budget=0)  # over at once: 3 rounds all the same
+    assert len(timings["a"].seconds) == 7
+
+
+@needs_prediction
+def test_memory_of_training_against_the_literal_equations():
+    """At most 0.7 of theirs under bfloat16, as the README says; activation checkpointing takes less than half of that.
+    Computed, and so the same on any machine."""
+
+    def peak(name, checkpointed=False):
+        model = build(name, 224)
+        if checkpointed:
+            set_checkpointing(model, name)
+        weights = sum(p.nbytes for p in model.parameters())
+        return predicted_peak(model, 16, 224, torch.bfloat16) - 4 * weights  # gradients and moments are the same
+
+    ours, literal = peak("strip_mlp_tiny_light"), peak("literal:strip_mlp_tiny_light")
+    assert 0.5 * literal < ours < 0.7 * literal
+    assert peak("strip_mlp_tiny_light", checkpointed=True) < 0.5 * ours
+
+
+def test_modes_of_one_task():
+    images, targets = random_batch(2, 32, CPU, "channels_last")
+    contender = Contender("strip_mlp_pico", "checkpoint")
+    Step(contender, images, targets, "training")()
+    with pytest.raises(ValueError, match="of training alone, not of inference"):
+        Step(contender, images, targets, "inference")
+    with pytest.raises(ValueError, match="resmlp_12_224 has no activation checkpointing"):
+        set_checkpointing(nn.Linear(1, 1), "resmlp_12_224")
+
+
+def test_ratio_is_of_the_same_rounds():
+    assert ratio([1, 2, 4], [2, 4, 8]) == Quartiles(2, 2, 2)
+
+
+class Wide(nn.Module):
+    """Whose peak can be told by hand: a matrix product and a sum of its result with itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 1000, bias=False)
+
+    def forward(self, x):
+        y = self.linear(x.flatten(1))
+        return y + y
+
+
+def test_memory_meter(monkeypatch):
+    monkeypatch.setattr("contenders.build", lambda name, img_size: Wide())
+    images, targets = random_batch(64, 32, CPU, "contiguous")
+    weights, activations = 4 * 3 * 32 * 32 * 1000, 4 * 64 * 1000
+    held = weights + images.nbytes + targets.nbytes
+    step = Step(Contender("wide"), images, targets, "inference")
+    step()
+    assert step.held_bytes() == held
+    assert measured_peak(step) == pytest.approx(held + 2 * activations, rel=0.001)
+    step = Step(Contender("wide"), images, targets, "training")
+    step()
+    assert measured_peak(step) == pytest.approx(held + 3 * weights, rel=0.03)  # gradients and two moments
+
+
+@pytest.mark.cuda
+def test_memory_meter_counts_no_other(monkeypatch):
+    monkeypatch.setattr("contenders.build", lambda name, img_size: Wide())
+    images, targets = random_batch(64, 32, torch.device("cuda"), "contiguous")
+    other = torch.zeros(1 << 28, device="cuda")
+    step = Step(Contender("wide"), images, targets, "training")
+    step()
+    assert 4 * 4 * 3 * 32 * 32 * 1000 < measured_peak(step) < other.nbytes
+
+
+@needs_prediction
+def test_predicted_memory():
+    def peak(name, batch=8, dtype=torch.bfloat16, task="training"):
+        return predicted_peak(build(name, 32), batch, 32, dtype, task=task)
+
+    weights = 4 * sum(p.numel() for p in build("strip_mlp_pico", 32).parameters())
+    for name in PICO:
+        training = peak(name)
+        assert 4 * weights < training < peak(name, batch=32, dtype=torch.float32)
+        assert weights < peak(name, task="inference") < training
+
+
+@needs_prediction
+def test_predicted_memory_by_hand():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1, 1, bias=False)
+
+        def forward(self, x):
+            return self.conv(x).flatten(1)[:, :1000]
+
+    images, maps = 4 * 16 * 3 * 64 * 64, 4 * 16 * 64 * 64
+    inference = predicted_peak(Net(), 16, 64, torch.float32, task="inference")
+    assert images + maps <= inference <= images + maps + 4096
+    training = predicted_peak(Net(), 16, 64, torch.float32)
+    assert images + maps < training < images + 2.5 * maps  # and the gradient of the map
+
+
+@needs_prediction
+@pytest.mark.parametrize("name", [*PICO, "resnet18", "swin_tiny_patch4_window7_224"])
+def test_backward_from_python(name):
+    images, targets = random_batch(2, 32, CPU, "channels_last")
+    model = build(name, 32).train()
+    loss = nn.functional.cross_entropy(model(images), targets)
+    loss.backward(retain_graph=True)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    graph = [loss]
+    del loss
+    backward(graph)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("name", [*PICO, "resnet18", "swin_tiny_patch4_window7_224"])
+def test_work(name):
+    work = roofline.count_work(build(name, 32), 2, 32)
+    assert work.macs == 2 * Complexity(build(name, 32), (32, 32)).of().macs
+    weights = sum(p.numel() for p in timm.create_model(name.removeprefix("literal:")).parameters() if p.ndim > 1)
+    assert work.elements > weights / 2
+
+
+def test_work_by_hand():
+    work = roofline.count_work(nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(), nn.Linear(64, 5)), 2, 8)
+    assert work.macs == 2 * (16 * 4 * 12 + 64 * 5)
+    assert work.elements == (2 * 3 * 64 + 4 * 12 + 4 + 2 * 64) + (2 * 64 + 64 * 5 + 5 + 2 * 5)
+    ceilings = roofline.Ceilings(flops=1000, flops_by="", bandwidth=100)
+    shares = ceilings.shares(roofline.Work(macs=100, elements=10), "training", seconds=2, itemsize=2)
+    assert shares == pytest.approx((3 * 200 / 2 / 1000, 3 * 20 / 2 / 100))
+
+
+def test_ceilings_are_measured():
+    ceilings = roofline.measure_ceilings(CPU, torch.float32, budget=0)
+    assert ceilings.flops > 1e8 and ceilings.bandwidth > 1e7
+
+
+def test_comparison(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "new" / "b.json"
+    for _ in range(2):
+        run(monkeypatch, "--contenders", *PICO, "resnet18", *QUICK, "--output", output)
+    assert f"{output} was there already: kept as b.1.json" in capsys.readouterr().err
+    assert sorted(path.name for path in output.parent.iterdir()) == ["b.1.json", "b.1.md", "b.json", "b.md"]
+    data = json.loads(output.read_text())
+    assert {"CPU", "versions", "command", "commit", "date"} <= data["machine"].keys()
+    rows = {(row["task"], row["contender"]): row for row in data["rows"]}
+    assert len(rows) == 6
+    for (_, contender), row in rows.items():
+        assert len(row["rounds"]) == 3
+        low, median, high = (row["seconds"][key] for key in ("low", "median", "high"))
+        assert 0 < low <= median <= high
+        assert row["images_per_second"] == pytest.approx(2 / median)
+        assert row["peak_bytes"] > 0 and 0 < row["matrix_share"] < 1 and row["memory_share"] > 0
+        if contender == "resnet18":
+            assert row["ratio_to_literal"] is None
+        else:
+            assert math.isfinite(row["ratio_to_literal"]["median"]) and row["ratio_to_literal"]["median"] > 0
+    assert rows["training", "resnet18"]["peak_bytes"] > rows["inference", "resnet18"]["peak_bytes"]
+    text = output.with_suffix(".md").read_text()
+    assert "## training, float32, batch 2, 32 x 32" in text
+    assert "Stochastic depth is 0" in text
+    assert f"- command: `python tools/benchmark.py --contenders {' '.join(PICO)} resnet18" in text
+
+
+def test_contender_that_fails_is_said(monkeypatch, tmp_path):
+    output = tmp_path / "b.json"
+    arguments = ["--tasks", "inference", "--contenders", "strip_mlp_pico", "resnet18", *QUICK, "--img-sizes", "40"]
+    run(monkeypatch, *arguments, "--output", output)
+    failed, done = json.loads(output.read_text())["rows"]
+    assert "img_size=40 must be a multiple" in failed["problem"] and failed["rounds"] == []
+    assert done["problem"] == "" and len(done["rounds"]) == 3
+    assert "img_size=40" in output.with_suffix(".md").read_text()
+
+
+def test_modes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: model)  # the real one takes a minute
+    output = tmp_path / "b.json"
+    modes = ["--modes", "eager", "compile", "reparameterized"]
+    run(monkeypatch, "--contenders", "resnet18", *modes, *QUICK, "--output", output)
+    assert "left out: resnet18:reparameterized: resnet18 has no reparameterize()" in capsys.readouterr().err
+    labels = [(row["task"], row["contender"]) for row in json.loads(output.read_text())["rows"]]
+    assert labels == [(t, c) for t in ("inference", "training") for c in ("resnet18", "resnet18:compile")]
+
+
+def test_reparameterized(monkeypatch):
+    class Net(Wide):
+        def reparameterize(self):
+            assert not self.training
+            self.merged = True
+
+    monkeypatch.setattr("contenders.build", lambda name, img_size: Net())
+    images, targets = random_batch(2, 32, CPU, "channels_last")
+    step = Step(Contender("net", "reparameterized"), images, targets)
+    assert step().shape == (2, 1000) and step.model.merged
+    with pytest.raises(ValueError, match="of inference alone, not of training"):
+        Step(Contender("net", "reparameterized"), images, targets, "training")
+
+
+@needs_prediction
+def test_prediction_command(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "p.json"
+    run(
+        monkeypatch,
+        "--predict-memory",
+        "--contenders",
+        *PICO,
+        "--batch-sizes",
+        4,
+        "--img-sizes",
+        32,
+        "--output",
+        output,
+    )
+    assert "computed, not measured" in capsys.readouterr().out
+    rows = json.loads(output.read_text())["computed_not_measured"]
+    assert [(row["contender"], row["task"], row["dtype"]) for row in rows] == [
+        (n, "training", "bfloat16") for n in PICO
+    ]
+    assert all(row["computed_peak_bytes"] > 2**20 for row in rows)
+
+
+def test_growth(monkeypatch, tmp_path):
+    output = tmp_path / "g.json"
+    arguments = ["--contenders", *PICO, *QUICK, "--img-sizes", 32, 64, 96]
+    run(monkeypatch, "--growth", "strip_mlp_pico", *arguments, "--output", output)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json", ".md", ".png"]
+    data = json.loads(output.read_text())
+    assert len(data["points"]) == 2 * (3 + 2)
+    laws = {(fit["task"], fit["law"].partition(" ~")[0]): fit for fit in data["exponents"]}
+    counted = laws["training", "seconds per image"]["counted"]
+    assert counted["strips (S^3)"] == pytest.approx(3)
+    assert counted["all others (S^2)"] == pytest.approx(2, abs=0.1)
+    assert counted["all others (S^2)"] < counted["all multiply-adds"] < 3
+    assert math.isfinite(laws["training", "peak bytes"]["measured"]["k"])
+    with open(output.with_suffix(".csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["img_size"] for row in rows[:3]] == ["32", "64", "96"]
+    assert int(rows[5]["counted_bytes"]) > 0
+
+
+def test_exponent():
+    assert Exponent.of([1, 2, 4], [5, 40, 320]).k == pytest.approx(3)
+    assert Exponent.of([1], [1]) is None
+    assert str(Exponent.of([1, 2], [1, 4])) == "2.00"
+    assert Counted.of("sparse_mlp_tiny", 32).strip_macs == 0
+
+
+def test_data_goes_to_the_data_benchmark(monkeypatch):
+    benchmark_data = pytest.importorskip("benchmark_data")
+    received = []
+    monkeypatch.setattr(benchmark_data, "main", received.append)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--workers", "2", "--data", "--x"])
+    benchmark.main()
+    assert received == [["--workers", "2", "--x"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contenders", "resnet19"], "contender 'resnet19': timm"),
+        (["--contenders", "resnet19"], "nearest names: resnet"),
+        (["--contenders", "resnet18:fast"], "mode is 'fast'; accepted: eager, compile"),
+        (["--contenders", "literal:resnet18"], "accepted: literal:strip_mlp_*"),
+        (["--contenders", "resnet18:reparameterized"], "resnet18 has no reparameterize()"),
+        (["--contenders", "resnet18:reparameterized", "--tasks", "training"], "accepted: --tasks inference"),
+        (["--contenders", "resnet18:compile", "--predict-memory"], "accepted: eager, checkpoint"),
+        (["--contenders", "resnet18", "--modes", "reparameterized"], "no contender is left"),
+        (["--rounds", "2"], "--rounds is 2; accepted: 3 or more"),
+        (["--batch-sizes", "8", "0"], "--batch-sizes is 0; accepted: 1 or more"),
+        (["--seconds", "-1"], "--seconds is -1; accepted: more than 0"),
+        (["--output", "b.txt"], "accepted: a name that ends in .json"),
+        (["--growth", "--batch-sizes", "2", "4"], "--growth takes one of"),
+        (["--dtypes", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_refused(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(monkeypatch, capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_growth_over_odd_sizes_is_refused(monkeypatch, capsys, tmp_path):
+    arguments = ["--growth", "--img-sizes", "128", "100", "--output", tmp_path / "g.json"]
+    assert "--img-sizes 128 100: --growth takes two or more multiples of 32" in refused(monkeypatch, capsys, *arguments)
+
+
+def test_growth_of_a_model_of_one_size_is_refused(monkeypatch, capsys, tmp_path):
+    def one_size(name, img_size):
+        raise ValueError("wants 224")
+
+    monkeypatch.setattr("growth.build", one_size)
+    arguments = ["--growth", "resnet18", "--img-sizes", "32", "64", "--output", tmp_path / "g.json"]
+    assert "resnet18 at 32 pixels: wants 224" in refused(monkeypatch, capsys, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_missing_gpu_is_said(monkeypatch, capsys):
+    assert "no CUDA device; accepted here: cpu" in refused(monkeypatch, capsys, "--device", "cuda")
+
+
+def test_output_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" / "b.json"
+    message = refused(monkeypatch, capsys, "--contenders", "strip_mlp_pico", "--img-sizes", "32", "--output", output)
+    assert "cannot be written" in message
+
+
+def test_machine_tells_no_paths():
+    about = benchmark_report.machine(CPU)
+    assert about["command"].startswith("python tools/benchmark.py")
+    assert str(ROOT) not in json.dumps({name: value for name, value in about.items() if name != "command"})

@@ -1,0 +1,243 @@
+"""Tests of tools/plot_metrics.py, run as a user runs it; what the figure shows is read from the figure in-process."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import load_tool
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_metrics.py"
+
+
+tool = load_tool(TOOL)
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def epoch_record(epoch: int, /, **changes: object) -> dict[str, object]:
+    """Return one epoch's record with all keys that training writes."""
+    return {
+        "epoch": epoch,
+        "train_loss": 5 / epoch,
+        "val_loss": 4 / epoch,
+        "top1": 90 - 40 / epoch,
+        "top5": 99 - 20 / epoch,
+        "lr": 1e-3 / epoch,
+        "images_per_second": 800.0,
+        "memory_mb": 1000.0,
+        "seconds": 9.0,
+        **changes,
+    }
+
+
+def write_run(folder: Path, records: list[dict[str, object]]) -> Path:
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("L"))
+
+
+def curves(axes) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of each curve in a panel by its name in the legend."""
+    return {line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in axes.lines}
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 300])
+def test_draws_runs_of_any_length(tmp_path, epochs):
+    run = write_run(tmp_path / "run", [epoch_record(epoch) for epoch in range(1, epochs + 1)])
+    result = run_tool(run)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip() == str(run / "curves.png")
+    height, width = pixels(run / "curves.png").shape
+    assert 1200 <= width <= 3000
+    assert 400 <= height <= 1200
+    assert width > 2 * height
+    thirds = np.array_split(pixels(run / "curves.png"), 3, axis=1)
+    assert all((third < 200).mean() > 0.005 for third in thirds), "a panel is blank"
+
+
+def test_picture_follows_the_metrics_and_output_is_honoured(tmp_path):
+    drawn = []
+    for name, top1 in (("a", 50.0), ("b", 60.0), ("c", 50.0)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        run = write_run(tmp_path / name / "model" / "run", [epoch_record(1, top1=40.0), epoch_record(2, top1=top1)])
+        result = run_tool(run, "--output", tmp_path / f"{name}.png")
+        assert result.returncode == 0, result.stderr
+        assert not (run / "curves.png").exists()
+        drawn.append(pixels(tmp_path / f"{name}.png"))
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+
+
+def test_panels_hold_the_numbers(tmp_path):
+    records = [
+        epoch_record(1, train_loss=3.0, val_loss=None, top1=10, top5=30.0, lr=1e-3),
+        {"epoch": 2, "train_loss": 2.0, "lr": 2e-3},
+        epoch_record(3, train_loss=1.5, val_loss=1.0, top1=70.0, top5=90.0, lr=1e-3),
+        epoch_record(4, train_loss=1.2, val_loss=1.1, top1=70.0, top5=91.0, lr=0),
+        epoch_record(5, train_loss=None, val_loss=1.2, top1=69.0, top5=90.0, lr=0),
+    ]
+    metrics = write_run(tmp_path / "run", records) / "metrics.jsonl"
+    figure = tool.draw_metrics(tool.read_metrics(metrics), "run")
+    loss, accuracy, rate = figure.axes
+    assert curves(loss) == {
+        "training": [(1, 3), (2, 2), (3, 1.5), (4, 1.2)],
+        "validation": [(3, 1), (4, 1.1), (5, 1.2)],
+    }
+    assert curves(accuracy) == {
+        "top-1": [(1, 10), (3, 70), (4, 70), (5, 69)],
+        "top-5": [(1, 30), (3, 90), (4, 91), (5, 90)],
+        "best top-1": [(3, 70)],
+    }
+    assert accuracy.get_title() == "Best top-1: 70.00 % (epoch 3)"
+    assert curves(rate) == {"learning rate": [(1, 1e-3), (2, 2e-3), (3, 1e-3), (4, 0), (5, 0)]}
+    assert [axes.get_xlabel() for axes in figure.axes] == ["Epoch"] * 3
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "Cross-entropy (nats)",
+        "Validation accuracy (%)",
+        "Learning rate",
+    ]
+
+
+def test_title_is_the_model_and_tag_even_for_the_current_folder(tmp_path, monkeypatch):
+    run = write_run(tmp_path / r"not a formula $\frac$", [epoch_record(1)])
+    figures = []
+    draw_metrics = tool.draw_metrics
+
+    def remember(*arguments):
+        figures.append(draw_metrics(*arguments))
+        return figures[-1]
+
+    monkeypatch.setattr(tool, "draw_metrics", remember)
+    monkeypatch.chdir(run)
+    tool.main(["."])
+    assert [figure.get_suptitle() for figure in figures] == [f"{tmp_path.name}/{run.name}"]
+    assert pixels(run / "curves.png").size
+
+
+def test_run_without_any_evaluation(tmp_path):
+    records = [epoch_record(epoch, val_loss=None, top1=None, top5=None) for epoch in (1, 2)]
+    run = write_run(tmp_path / "run", records)
+    result = run_tool(run)
+    assert (result.returncode, result.stderr) == (0, "")
+    figure = tool.draw_metrics(tool.read_metrics(run / "metrics.jsonl"), "run")
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no epoch was evaluated"]
+    assert list(curves(figure.axes[0])) == ["training"]
+
+
+def test_diverged_run_is_drawn_and_nan_is_not_the_best(tmp_path):
+    nan, huge = float("nan"), float("inf")
+    records = [epoch_record(1, top1=nan), epoch_record(2, top1=60.0), epoch_record(3, train_loss=huge, top1=nan)]
+    run = write_run(tmp_path / "run", records)
+    result = run_tool(run)
+    assert (result.returncode, result.stderr) == (0, "")
+    figure = tool.draw_metrics(tool.read_metrics(run / "metrics.jsonl"), "run")
+    assert curves(figure.axes[1])["best top-1"] == [(2, 60)]
+
+
+def test_resumed_run_counts_the_later_line_and_sorts(tmp_path):
+    records = [epoch_record(1), epoch_record(3, lr=0.1), epoch_record(2, lr=0.2), epoch_record(3, lr=0.3)]
+    metrics = write_run(tmp_path / "run", records) / "metrics.jsonl"
+    assert [(record["epoch"], record["lr"]) for record in tool.read_metrics(metrics)] == [(1, 1e-3), (2, 0.2), (3, 0.3)]
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_refuses_missing_folder(tmp_path):
+    assert_refused(run_tool(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "is not a folder")
+
+
+def test_refuses_folder_without_metrics(tmp_path):
+    assert_refused(run_tool(tmp_path), str(tmp_path), "no metrics.jsonl")
+
+
+def test_refuses_empty_metrics(tmp_path):
+    run = write_run(tmp_path / "run", [])
+    assert_refused(run_tool(run), str(run / "metrics.jsonl"), "is empty")
+    assert not (run / "curves.png").exists()
+
+
+def test_refuses_damaged_line(tmp_path):
+    run = write_run(tmp_path / "run", [epoch_record(1), epoch_record(2)])
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"epoch": 3, "train_lo')
+    assert_refused(run_tool(run), f"{run / 'metrics.jsonl'}, line 3", "not JSON")
+    assert not (run / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe\x00garbage", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1, 2]", "not a JSON object"),
+        (json.dumps(epoch_record(1, epoch=None)).encode(), "'epoch' is None"),
+        (json.dumps(epoch_record(1, epoch=0)).encode(), "'epoch' is 0"),
+        (json.dumps(epoch_record(1, epoch=1.5)).encode(), "'epoch' is 1.5"),
+        (json.dumps(epoch_record(1, epoch=True)).encode(), "'epoch' is True"),
+        (json.dumps(epoch_record(1, epoch=10**400)).encode(), "'epoch' is inf"),
+        (json.dumps(epoch_record(1, train_loss="low")).encode(), "'train_loss' is 'low'"),
+        (json.dumps(epoch_record(1, lr=None)).encode(), "'lr' is None"),
+        (json.dumps(epoch_record(1, top1=[1])).encode(), "'top1' is [1.0]"),
+        (json.dumps(epoch_record(1, val_loss=False)).encode(), "'val_loss' is False"),
+    ],
+)
+def test_each_kind_of_damage_names_file_line_and_value(tmp_path, line, message):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(json.dumps(epoch_record(1)).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match="^" + re.escape(f"{metrics}, line 2: {message}")):
+        tool.read_metrics(metrics)
+
+
+def test_numbers_that_matplotlib_cannot_draw_are_reported(tmp_path, monkeypatch):
+    # Injected: which numbers matplotlib fails on, some near 1e308, depends on its version.
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("arange: cannot compute length")
+
+    monkeypatch.setattr(tool.Figure, "savefig", fail)
+    run = write_run(tmp_path / "run", [epoch_record(1)])
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(run)])
+    expected = f"error: cannot draw {run / 'metrics.jsonl'} into {run / 'curves.png'}: arange: cannot compute length"
+    assert stop.value.code == expected
+
+
+def test_refuses_output_that_cannot_be_written(tmp_path):
+    run = write_run(tmp_path / "run", [epoch_record(1)])
+    assert_refused(run_tool(run, "--output", tmp_path / "nowhere" / "a.png"), str(tmp_path / "nowhere" / "a.png"))
+
+
+def test_refuses_output_that_is_no_png(tmp_path):
+    run = write_run(tmp_path / "run", [epoch_record(1)])
+    assert_refused(run_tool(run, "--output", tmp_path / "a.pdf"), str(tmp_path / "a.pdf"), ".png")
+    assert not (tmp_path / "a.pdf").exists()
+
+
+def test_help_shows_an_example():
+    result = run_tool("--help")
+    assert result.returncode == 0
+    assert "tools/plot_metrics.py runs/" in result.stdout

@@ -1,0 +1,228 @@
+"""Predictions: as the evaluation's, whatever the batches, in three formats; and what is done about bad files."""
+
+import csv
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import predict
+import pytest
+import torch
+from PIL import Image
+from trained import Trained
+
+from config import leaves, load_config
+from data import build_eval_loader, build_sources
+from engine.epoch import evaluate
+from models import build_model
+from runtime.distributed import World
+from tests.helpers import ROOT, TINY, python, trained_model
+from utils import UserError, run_entry_point
+
+NAMES = ["zero", "one, or I", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Of an untrained model for the digits, its classifier enlarged so that it has opinions."""
+    config, _ = load_config(ROOT / "configs/strip_mlp_pico_digits.yaml", [*TINY, "MODEL.NUM_CLASSES", "10"])
+    torch.manual_seed(0)
+    model = build_model(config)
+    torch.nn.init.normal_(model.head.fc.weight)
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    torch.save({"model": model.state_dict(), "config": leaves(config), "classes": NAMES}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint) -> Trained:
+    return trained_model(checkpoint, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(trained):
+    """The loader with which they are evaluated."""
+    world = World(0, 0, 1, torch.device("cpu"))
+    return build_eval_loader(trained.config, build_sources(trained.config, world, train=False).val, world)
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory) -> Path:
+    """The same images as PNG, in two folders."""
+    root = tmp_path_factory.mktemp("digits")
+    for half in ("a", "b"):
+        (root / half).mkdir()
+    source = digits.dataset.source
+    for index in range(len(source)):
+        source.load(index).save(root / ("a" if index < 100 else "b") / f"{index:03d}.png")
+    return root
+
+
+def run(monkeypatch, capsys, *arguments, stdin: bytes = b"") -> SimpleNamespace:
+    """The tool, without another process."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+    status = 0
+    try:
+        run_entry_point(predict.main)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return SimpleNamespace(status=status, out=said.out, err=said.err)
+
+
+def objects(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_same_as_evaluation(trained, checkpoint, digits, folder):
+    result = python("tools/predict.py", checkpoint, folder, "--format", "json", "--workers", "1")
+    found = objects(result.stdout)
+    assert "cannot be read" not in result.stderr  # older versions of timm may warn there
+    assert [Path(item["file"]).name for item in found] == [f"{i:03d}.png" for i in range(360)]
+    with torch.inference_mode():
+        logits = torch.cat([trained.model(trained.normalize(batch.image)) for batch in digits])
+    expected = logits.softmax(dim=1).sort(dim=1, descending=True)
+    for item, values, labels in zip(found, expected.values, expected.indices.tolist(), strict=True):
+        top = item["predictions"]
+        assert [entry["index"] for entry in top] == labels[:5]
+        assert [entry["class"] for entry in top] == [NAMES[label] for label in labels[:5]]
+        assert [entry["probability"] for entry in top] == pytest.approx(values[:5].tolist(), abs=2e-6)
+    assert len({item["predictions"][0]["index"] for item in found}) > 2
+
+    measured = evaluate(trained.config, trained.model, digits, World(0, 0, 1, torch.device("cpu")), logging.getLogger())
+    hits = [item["predictions"][0]["index"] == t for item, t in zip(found, digits.dataset.source.targets, strict=True)]
+    assert 100 * np.mean(hits) == pytest.approx(measured["top1"])
+
+
+def test_batch_size_changes_nothing(trained, folder):
+    paths = predict.find_paths([str(folder / "a")])[:20]
+    first, *others = (list(predict.predict(trained, paths, 10, size)) for size in (1, 7, 64))
+    assert [prediction.path for prediction in first] == paths
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            assert [entry[:2] for entry in one.classes] == [entry[:2] for entry in two.classes]
+            assert [entry[2] for entry in one.classes] == pytest.approx([entry[2] for entry in two.classes], abs=1e-5)
+        assert sum(entry[2] for entry in other[0].classes) == pytest.approx(1)
+
+
+def test_formats_agree(monkeypatch, capsys, checkpoint, folder, tmp_path):
+    images = [folder / "a/003.png", folder / "b/101.png"]
+    output = tmp_path / "out"
+    options = ["--top-k", 3, "--output", output]
+    texts = {}
+    for form in ("text", "json", "csv"):
+        output.write_text("an older, much longer text\n" * 100)
+        assert run(monkeypatch, capsys, checkpoint, *images, "--format", form, *options).out == ""
+        texts[form] = output.read_text()
+    expected = [
+        (item["file"], rank, entry["class"], entry["index"], entry["probability"])
+        for item in objects(texts["json"])
+        for rank, entry in enumerate(item["predictions"], 1)
+    ]
+    assert len(expected) == 6
+    assert [row[0] for row in expected[::3]] == list(map(str, images))
+    rows = list(csv.DictReader(io.StringIO(texts["csv"])))
+    assert list(rows[0]) == ["file", "rank", "class", "index", "probability"]
+    kinds = (str, int, str, int, float)
+    assert [tuple(kind(cell) for kind, cell in zip(kinds, row.values(), strict=True)) for row in rows] == expected
+    lines = [line.split("\t") for line in texts["text"].splitlines()]
+    assert [line[0] for line in lines] == list(map(str, images))
+    cells = [cell for line in lines for cell in line[1:]]
+    assert cells == [f"{name} {value:.4f}" for _, _, name, _, value in expected]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "csv"])
+def test_unreadable_files_do_not_stop_the_others(monkeypatch, capsys, checkpoint, folder, tmp_path, form):
+    bad, good = tmp_path / "bad.png", folder / "a/000.png"
+    bad.write_text("no image")
+    missing = tmp_path / "missing.png"
+    options = ["--format", form, "--batch-size", 1, "--top-k", 1]
+    result = run(monkeypatch, capsys, checkpoint, bad, good, *options, missing)
+    assert result.status == 1
+    assert f"cannot be read as an image: {bad}: no image of a known format" in result.err
+    assert f"cannot be read as an image: {missing}: No such file or directory" in result.err
+    assert result.err.splitlines()[-1] == "error: 2 of 3 files cannot be read as images"
+    if form == "json":
+        first, second, third = objects(result.out)
+        assert (first["file"], second["file"], third["file"]) == (str(bad), str(good), str(missing))
+        assert str(bad) in first["error"] and "predictions" not in first
+        assert len(second["predictions"]) == 1 and "error" not in second
+        assert "error" in third
+    else:
+        assert str(good) in result.out
+        assert str(bad) not in result.out and str(missing) not in result.out
+
+
+def test_list_on_standard_input(monkeypatch, capsys, checkpoint, folder):
+    images = [folder / "b/200.png", folder / "a/001.png"]
+    listing = "\r\n".join(map(str, [images[1], "", folder / "a"])).encode()
+    result = run(monkeypatch, capsys, checkpoint, images[0], "-", "--format", "json", stdin=listing)
+    assert result.status == 0
+    expected = [*images, *sorted((folder / "a").iterdir())]
+    assert [item["file"] for item in objects(result.out)] == list(map(str, expected))
+
+
+def test_folders_are_searched_in_order(tmp_path, monkeypatch):
+    names = ["b/2.PNG", "b/10.jpg", "a.jpeg", "b/c/0.webp", "a/1.tif"]
+    for name in [*names, "b/notes.txt", ".png.bak"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(Path(path).relative_to(tmp_path)) for path in predict.find_paths([str(tmp_path)])]
+    assert found == ["a.jpeg", "a/1.tif", "b/10.jpg", "b/2.PNG", "b/c/0.webp"]
+    assert predict.find_paths([f"{tmp_path}/b/"]) == [
+        f"{tmp_path}/b/{name}" for name in ("10.jpg", "2.PNG", "c/0.webp")
+    ]
+    monkeypatch.chdir(tmp_path / "b/c")
+    assert predict.find_paths([".", "../../a/"]) == ["./0.webp", "../../a/1.tif"]
+    # A file that is named is taken whatever its name.
+    assert predict.find_paths([str(tmp_path / "b/notes.txt")]) == [str(tmp_path / "b/notes.txt")]
+
+
+def test_images_are_read_as_for_training(trained, tmp_path):
+    """16-bit grey, of which Pillow would clip all but the darkest 256th to white."""
+    grey = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "16.png")
+    eight, sixteen = predict.predict(trained, [str(tmp_path / "8.png"), str(tmp_path / "16.png")])
+    assert eight.classes == sixteen.classes
+
+
+def test_more_classes_than_there_are(trained, folder):
+    (prediction,) = predict.predict(trained, [str(folder / "a/000.png")], top_k=1000)
+    assert sorted(label for _, label, _ in prediction.classes) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "status", "message"),
+    [
+        (["-"], b"", 1, "standard input is empty"),
+        (["-"], b"\x89PNG\0\0", 1, "standard input is no text; accepted: paths of images, one per line"),
+        (["{empty}"], b"", 1, "no images in this folder; accepted: .jpg"),
+        (["{image}", "--output", "{empty}"], b"", 1, "--output {empty}: cannot be written"),
+        (["{image}", "--output", "{empty}/missing/a"], b"", 1, "{empty}/missing/a: cannot be written"),
+        (["{image}", "--top-k", "0"], b"", 2, "0; accepted: 1 or more"),
+        (["{image}", "--batch-size", "-3"], b"", 2, "-3; accepted: 1 or more"),
+        (["{image}", "--workers", "many"], b"", 2, "invalid number value: 'many'"),
+        (["{image}", "--format", "xml"], b"", 2, "invalid choice: 'xml'"),
+        ([], b"", 2, "the following arguments are required: images"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, checkpoint, folder, tmp_path, arguments, stdin, status, message):
+    names = {"empty": tmp_path, "image": folder / "a/000.png"}
+    result = run(monkeypatch, capsys, checkpoint, *(a.format(**names) for a in arguments), stdin=stdin)
+    assert result.status == status
+    assert message.format(**names) in result.err
+    assert result.out == ""
+
+
+def test_link_to_a_folder_around_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"the same folder through links|a link to a folder that contains it"):
+        predict.find_paths([str(tmp_path)])

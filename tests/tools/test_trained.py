@@ -1,0 +1,300 @@
+"""A model from its checkpoint alone: whichever kind of file, with which names of classes, and what is said where
+something is missing."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from trained import Trained, add_arguments, load_trained
+
+from config import ConfigError, leaves, load_config
+from data.transforms import build_transform
+from models import build_model
+from models.strip_mlp import checkpoint_filter_fn
+from runtime.checkpoint import CheckpointError, read_checkpoint, save_safetensors
+from tests.helpers import ROOT, TINY, trained_model
+from utils import UserError
+
+PICO = ROOT / "configs/strip_mlp_pico_digits.yaml"
+RELEASED_STRIP = "token_mixing.smlp_block.proj_h.weight"
+NAMES = [f"digit {number}" for number in range(10)]
+
+
+def make(seed: int = 0, count: int = 10):
+    """(config, model) of a few thousand weights."""
+    config, _ = load_config(PICO, [*TINY, "MODEL.NUM_CLASSES", str(count)])
+    torch.manual_seed(seed)
+    return config, build_model(config).eval()
+
+
+def load(*arguments) -> Trained:
+    return trained_model(*arguments, "--device", "cpu")
+
+
+def save(path: Path, content: dict) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def save_ours(path: Path, count: int = 10, **more) -> Path:
+    config, model = make(count=count)
+    return save(path, {"model": model.state_dict(), "config": leaves(config), **more})
+
+
+def released(state: dict) -> dict:
+    """A state dict of ours under the names, and in the shapes, of the released files."""
+    backwards = (
+        *((f"stages.{i}.", f"blocks{i + 1}.") for i in range(4)),
+        *((f"merging.{i}.", f"merging{i + 1}.") for i in range(3)),
+        ("shortcut_2to3.", "conv_s1_28."),
+        ("shortcut_2to4.", "conv_s1_14."),
+        ("shortcut_3to4.", "conv_s2_14."),
+        ("head.fc.", "head."),
+        ("token_mixing.norm.", "token_mixing.dwsc.conv_merge.BN."),
+        ("token_mixing.dwconv.", "token_mixing.dwsc.conv_merge.Conv."),
+        ("token_mixing.proj.", "token_mixing.smlp_block.mlp.0."),
+        ("token_mixing.proj_norm.", "token_mixing.smlp_block.mlp.1."),
+        ("token_mixing.fuse.", "token_mixing.smlp_block.fuse."),
+        ("token_mixing.cgsmm.norm.", "token_mixing.smlp_block.BN."),
+        *((f"token_mixing.cgsmm.strip_{a}.", f"token_mixing.smlp_block.proj_{a}.") for a in "hw"),
+        *((f"token_mixing.cgsmm.fuse_{a}.", f"token_mixing.smlp_block.fuse_{a}.") for a in "hw"),
+        *((f"cgsmm.pos_{a}.table", f"smlp_block.relate_pos_{a}.embeddings_table") for a in "hw"),
+        *((f"token_mixing.lsmm.conv_{a}.", f"token_mixing.smlp_block.fc_{a}.") for a in "hw"),
+        ("token_mixing.lsmm.reweight.", "token_mixing.smlp_block.reweight."),
+        ("channel_mixing.dwconv.", "channel_mixing.conv_77."),
+        ("channel_mixing.norm.", "channel_mixing.layer_norm."),
+        ("channel_mixing.mlp.grn.weight", "channel_mixing.grn.gamma"),
+        ("channel_mixing.mlp.grn.bias", "channel_mixing.grn.beta"),
+        ("channel_mixing.mlp.", "channel_mixing."),
+    )
+    result = {}
+    for name, value in state.items():
+        if ".strip_" in name:
+            value = value.flatten(0, 1)[:, :, None] if name.endswith("weight") else value.flatten()
+        elif ".grn." in name:
+            value = value[None, None, None]
+        for ours, theirs in backwards:
+            name = name.replace(ours, theirs)
+        result[name] = value
+    return result
+
+
+def assert_same(trained: Trained, model) -> None:
+    assert not trained.model.training
+    found, expected = trained.model.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_ours(tmp_path):
+    config, model = make()
+    trained = load(save_ours(tmp_path / "best.pth", classes=NAMES))
+    assert_same(trained, model)
+    assert trained.classes == NAMES
+    assert trained.path == tmp_path / "best.pth"
+    assert trained.device == torch.device("cpu")
+    assert leaves(trained.config) == leaves(config)
+
+
+def test_preprocess_is_the_evaluation_s(tmp_path):
+    trained = load(save_ours(tmp_path / "best.pth"))
+    images = [Image.effect_noise((40 + i, 50), 90).convert("RGB") for i in range(3)]
+    transform = build_transform(trained.config, is_train=False)
+    pixels = torch.stack([transform(image) for image in images])
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert pixels.dtype == torch.uint8
+    torch.testing.assert_close(trained.preprocess(images), (pixels / 255 - mean) / std)
+
+
+@pytest.mark.parametrize(("option", "seed"), [([], 1), (["--no-ema"], 0)], ids=["average", "weights"])
+def test_moving_average(tmp_path, option, seed):
+    path = save_ours(tmp_path / "a.pth", model_ema=make(seed=1)[1].state_dict())
+    assert_same(load(path, *option), make(seed)[1])
+
+
+def test_run_without_a_count_of_classes(tmp_path):
+    """As in most configs, where it is 0: to be taken from the data, which is not here."""
+    config, model = make(count=7)
+    values = {**leaves(config), "MODEL.NUM_CLASSES": 0}
+    trained = load(save(tmp_path / "a.pth", {"model": model.state_dict(), "config": values}))
+    assert_same(trained, model)
+    assert trained.config.MODEL.NUM_CLASSES == 7
+    assert trained.classes == list("0123456")
+
+
+def test_safetensors(tmp_path):
+    config, model = make()
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(model.state_dict(), path, leaves(config), NAMES)
+    trained = load(path)
+    assert_same(trained, model)
+    assert trained.classes == NAMES
+
+
+def test_safetensors_of_others(tmp_path):
+    """Weights alone, without metadata."""
+    _, model = make()
+    path = tmp_path / "weights.safetensors"
+    save_safetensors(model.state_dict(), path, {}, [])
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors: does not say which model"):
+        load(path)
+    assert_same(load(path, "--cfg", PICO, "--opts", *TINY), model)
+
+
+def test_released(tmp_path):
+    _, model = make(count=6)
+    state = released(model.state_dict())
+    assert not [name for name in state if name.startswith(("stages", "merging."))]
+    assert checkpoint_filter_fn(state, model).keys() == model.state_dict().keys()
+    path = save(tmp_path / "released.pth", {"model": state, "epoch": 299})
+    trained = load(path, "--cfg", PICO, "--opts", *TINY)
+    assert_same(trained, model)
+    assert len(trained.classes) == 6
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    for part in (str(path), "does not say which model", "--cfg configs/"):
+        assert part in str(error.value)
+
+
+def test_timm_model(tmp_path):
+    config, _ = load_config(ROOT / "configs/peers/resnet50.yaml", ["MODEL.NAME", "resnet10t", "DATA.IMG_SIZE", "32"])
+    config.defrost()
+    config.MODEL.NUM_CLASSES = 4
+    model = build_model(config)
+    values = {**leaves(config), "MODEL.NUM_CLASSES": 0}
+    trained = load(save(tmp_path / "a.pth", {"model": model.state_dict(), "config": values}))
+    assert_same(trained, model)
+    assert len(trained.classes) == 4
+
+
+def test_opts_go_over_the_checkpoint_s_config(tmp_path):
+    path = save_ours(tmp_path / "a.pth")
+    trained = load(path, "--opts", "DATA.INTERPOLATION", "nearest", "--opts", "SEED", "7")
+    assert (trained.config.DATA.INTERPOLATION, trained.config.SEED) == ("nearest", 7)
+    assert trained.config.DATA.IMG_SIZE == 32
+    grey = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    pixels = trained.transform(Image.fromarray(grey.numpy()).convert("RGB"))
+    assert torch.equal(pixels[0, ::2, ::2], grey)
+
+
+def test_weights_of_another_image_size(tmp_path, capsys):
+    assert load(save_ours(tmp_path / "a.pth"), "--opts", "DATA.IMG_SIZE", "64").model.img_size == (64, 64)
+    assert "resampled from 32 x 32 to 64 x 64 pixels" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"the model of the config cannot be built: .*img_size=33"):
+        load(tmp_path / "a.pth", "--opts", "DATA.IMG_SIZE", "33")
+    with pytest.raises(ConfigError, match=r"unknown key DATA\.IMAGE_SIZE"):
+        load(tmp_path / "a.pth", "--opts", "DATA.IMAGE_SIZE", "64")
+
+
+def test_names_of_classes_from_a_file(tmp_path):
+    path = save_ours(tmp_path / "a.pth", classes=NAMES)
+    listing = tmp_path / "names.txt"
+    letters = ["é", *"bcdefghij"]
+    listing.write_text("\n".join(letters) + "\n", encoding="utf-8")
+    assert load(path, "--classes", listing).classes == letters
+    listing.write_text("one\ntwo\n")
+    with pytest.raises(UserError) as error:
+        load(path, "--classes", listing)
+    for part in (str(listing), "has 2 lines", "10 classes", str(path)):
+        assert part in str(error.value)
+    listing.write_bytes(b"\xff\xfe\n" * 10)
+    for name in (listing, tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(UserError, match=f"--classes {name}: cannot be read"):
+            load(path, "--classes", name)
+
+
+def test_names_of_imagenet(tmp_path):
+    names = load(save_ours(tmp_path / "a.pth", count=1000)).classes
+    assert len(names) == 1000
+    # As Russakovsky et al. (2015) number them.
+    for label, word in ((0, "tench"), (207, "golden retriever"), (409, "analog clock"), (999, "toilet tissue")):
+        assert word in names[label]
+
+
+@pytest.mark.parametrize("names", [["a"] * 9, ["a"] * 11, list(range(10)), {"a": 1}, "abcdefghij", None])
+def test_names_that_do_not_fit_the_classes_are_not_used(tmp_path, names):
+    assert load(save_ours(tmp_path / "a.pth", classes=names)).classes == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {}}, "holds no weights"),
+        ({"model": {"norm.weight": torch.ones(3)}}, "has no classifier (head.fc.weight, head.fc.bias)"),
+        ({"model": {"head.fc.bias": torch.ones(())}}, "has no classifier (head.fc.weight, head.fc.bias)"),
+        ({"model": {"head.fc.bias": torch.ones(3, 3)}}, "does not fit the model of the config"),
+        ({"model": {"head.fc.bias": torch.ones(3)}}, "does not fit the model of the config"),
+        # Looks released, but its strips' weights have the wrong shape.
+        (
+            {"model": dict.fromkeys(["merging1.weight", f"blocks1.0.{RELEASED_STRIP}"], torch.ones(1))},
+            "its weights cannot be converted",
+        ),
+    ],
+)
+def test_weights_of_something_else(tmp_path, content, message):
+    path = save(tmp_path / "a.pth", content)
+    with pytest.raises(CheckpointError) as error:
+        load(path, "--cfg", PICO, "--opts", *TINY, "MODEL.NUM_CLASSES", "0")
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("config", [None, "text", {}, {"MODEL": {"TYPE": "strip_mlp_layer"}}, {"DATA.IMG_SIZE": 32}])
+def test_config_that_is_none(tmp_path, config):
+    content = {"model": make()[1].state_dict(), "config": config}
+    with pytest.raises(CheckpointError, match=r"a\.pth: does not say which model its weights are for"):
+        load(save(tmp_path / "a.pth", content))
+
+
+def test_config_with_a_bad_value(tmp_path):
+    path = save_ours(tmp_path / "a.pth")
+    content = read_checkpoint(path)
+    content["config"]["MODEL.STRIP_MLP.STRIP_WIDTH"] = 4
+    with pytest.raises(ConfigError, match=r"a\.pth: MODEL\.STRIP_MLP\.STRIP_WIDTH is 4; accepted: 1, 3, 5"):
+        load(save(path, content))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_device_that_is_not_there(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(UserError, match="PyTorch finds no CUDA device; accepted here: auto, cpu"):
+        load_trained(parser.parse_args([str(save_ours(tmp_path / "a.pth")), "--device", "cuda"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.STRIP_MLP.LAYERS", [10**8, 1, 1, 1], "its config is of a model of inf parameters"),
+        ("MODEL.STRIP_MLP.EMBED_DIM", 4096, "its config is of a model of"),
+        ("MODEL.STRIP_MLP.EMBED_DIM", 2**30, "the model of its config cannot be built"),
+        ("MODEL.NUM_CLASSES", 10**15, "its config is of a model of"),
+        ("DATA.IMG_SIZE", 320_000, "its config is of a model of"),
+    ],
+)
+def test_config_of_a_model_that_the_weights_are_not_of(tmp_path, key, value, message):
+    """A small file does not make a large model."""
+    path = save_ours(tmp_path / "a.pth")
+    content = read_checkpoint(path)
+    save(path, {**content, "config": {**content["config"], key: value}})
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_names_of_classes_are_printable(tmp_path):
+    trained_model = load(save_ours(tmp_path / "a.pth", classes=["\033[2J", *"bcdefghij"]))
+    assert trained_model.classes[0] == r"'\x1b[2J'" and trained_model.known_classes == trained_model.classes
+
+
+def test_guessed_names_are_not_known(tmp_path):
+    trained_model = load(save_ours(tmp_path / "a.pth", classes=None))
+    assert trained_model.classes == list("0123456789") and trained_model.known_classes == []
+
+
+def test_device_of_the_training_does_not_matter(tmp_path):
+    path = save_ours(tmp_path / "a.pth")
+    content = read_checkpoint(path)
+    save(path, {**content, "config": {**content["config"], "DEVICE": "cuda"}})
+    assert load(path, "--device", "cpu").device.type == "cpu" and load(path).model is not None

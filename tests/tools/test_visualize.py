@@ -1,0 +1,535 @@
+"""Tests of tools/visualize.py: what the pictures show, against independent computations; and each picture as a user
+makes it."""
+
+import argparse
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import trained
+import visualize
+from figures import augmented, cam, common, mistakes, receptive_field, strips
+from figures.receptive_field import Field, effective_receptive_fields
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+import main as training
+import main_eval
+from config import leaves, load_config
+from data import build_sources
+from models import StripMLP, build_model
+from models.strip_mlp import StripMLPLayer
+from runtime.distributed import World
+from tests.helpers import ROOT, TINY, python, write_image
+from utils import UserError, run_entry_point
+
+DIGITS = str(ROOT / "configs/strip_mlp_pico_digits.yaml")
+MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
+WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def write_checkpoint(path, opts=(), classes=tuple("0123456789")):
+    """A model of the digits' config with random weights, of which the classifier makes something."""
+    config, _ = load_config(DIGITS, [*opts, "MODEL.NUM_CLASSES", str(len(classes))])
+    torch.manual_seed(0)
+    model = build_model(config)
+    nn.init.normal_(model.head.fc.weight, std=0.3)
+    nn.init.normal_(model.head.fc.bias)
+    torch.save({"model": model.state_dict(), "config": leaves(config), "classes": list(classes)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "best.pth")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        try:
+            run_entry_point(visualize.main)
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def png_size(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert np.asarray(image.convert("L")).std() > 5, "blank"
+        return image.size
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# Effective receptive field
+
+
+def test_field_of_a_convolution():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    (field,) = effective_receptive_fields(lambda x: [conv(x)], [torch.randn(2, 3, 8, 8), torch.randn(1, 3, 8, 8)])
+    expected = np.zeros((8, 8))
+    expected[3:6, 3:6] = conv.weight.sum(dim=0).abs().sum(dim=0).detach()
+    np.testing.assert_allclose(field.values, expected, rtol=1e-5)
+    assert field.map_size == (8, 8)
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_field_of_strips(axis):
+    layer = StripMLPLayer(3, 8, axis, patch_channels=1, strip_width=3)
+    (field,) = effective_receptive_fields(lambda x: [layer(x)], [torch.randn(2, 3, 8, 8)])
+    expected = np.zeros((8, 8), dtype=bool)
+    expected[3:6] = True
+    np.testing.assert_array_equal(field.values > 0, expected if axis == "row" else expected.T)
+
+
+def test_field_is_a_mean_over_images_without_cancelling():
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 4, 3, 2, padding=1))
+    images = torch.randn(5, 3, 8, 8)
+    (field,) = effective_receptive_fields(lambda x: [layers(x)], images.split(2))
+    alone = []
+    for image in images:
+        jacobian = torch.autograd.functional.jacobian(lambda x: layers(x[None])[0, :, 2, 2].sum(), image)
+        alone.append(jacobian.abs().sum(dim=0))
+    np.testing.assert_allclose(field.values, torch.stack(alone).mean(dim=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(9, 9), (6, 9)])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_smallest_square(size, share):
+    values = np.random.default_rng(0).random(size) ** 4
+    side, top, left = Field(values, (3, 3)).square(share)
+    assert values[top : top + side, left : left + side].sum() >= share * values.sum()
+    smaller = side - 1
+    squares = [values[i : i + smaller, j : j + smaller].sum() for i in range(size[0]) for j in range(size[1])]
+    assert max(squares) < share * values.sum()
+
+
+def test_area():
+    values = np.zeros((10, 10))
+    values[2:4, 5:7] = 1
+    field = Field(values, (5, 5))
+    assert field.square(0.95) == (2, 2, 5)
+    assert (field.area(0.95), field.stride) == (0.04, 2)
+    assert Field(np.ones((10, 10)), (5, 5)).area(0.95) == 1
+
+
+def test_receptive_field(command, tmp_path, checkpoint):
+    for i in range(5):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+    arguments = ("--variants", "strip_mlp_pico", "resnet10t", "--count", 3)
+    status, out, err = command("receptive-field", checkpoint, *arguments)
+    assert (status, out.split()) == (0, ["receptive_field.png", "receptive_field.csv"]), err
+    width, height = png_size(tmp_path / "receptive_field.png")
+    assert width == 1400
+    assert height > 1000
+    rows = read_csv(tmp_path / "receptive_field.csv")
+    assert [row["model"] for row in rows[::4]] == ["strip_mlp_pico_digits", "strip_mlp_pico", "resnet10t"]
+    assert [row["weights"] for row in rows[::4]] == [f"{checkpoint.parent.name}/best.pth", "random", "random"]
+    assert [row["stride"] for row in rows] == [*["4", "8", "16", "32"] * 2, "4", "8", "16", "29.3333"]  # of 176 pixels
+    assert all(0 < float(row["area_50"]) < float(row["area_95"]) <= 1 for row in rows)
+    first = (tmp_path / "receptive_field.csv").read_text()
+
+    # The same again, but for other images; under the default's name it would have to replace what is there.
+    assert command("receptive-field", checkpoint, *arguments)[0] == 1
+    assert command("receptive-field", checkpoint, *arguments, "--output", "a.png")[0] == 0
+    assert (tmp_path / "a.csv").read_text() == first
+    status, *_ = command("receptive-field", checkpoint, *arguments, "--output", "a.png", "--images", "images")
+    assert status == 0
+    assert (tmp_path / "a.csv").read_text() != first
+
+
+def test_titles_say_what_is_random(checkpoint):
+    fields = [Field(np.ones((8, 8)), (2, 2))] * 4
+    size = (8, 8)
+    of_timm = receptive_field.Subject("resnet", "", None, size, WORLD.device, None)
+    of_run = receptive_field.Subject("net", "run/best.pth", None, size, WORLD.device, None)
+    figure = receptive_field.draw_fields([(of_timm, fields)], "20 images")
+    assert figure.get_suptitle() == "Effective receptive field, mean over 20 images, random weights"
+    figure = receptive_field.draw_fields([(of_timm, fields), (of_run, fields)], "20 images")
+    assert [axes.get_ylabel() for axes in figure.axes[:8:4]] == ["resnet\nrandom weights", "net\nrun/best.pth"]
+    assert [axes.get_title() for axes in figure.axes[:4]] == [f"stage {i}" for i in (1, 2, 3, 4)]
+
+
+def test_images_are_evenly_spaced(tmp_path):
+    for i in range(7):
+        write_image(tmp_path / f"class{i // 4}" / f"{i}.PNG", seed=i, size=8)
+    (tmp_path / "notes.txt").touch()
+    assert [path.stem for path in receptive_field.find_images(tmp_path, 3)] == ["0", "2", "4"]
+    assert [path.stem for path in receptive_field.find_images(tmp_path, 99)] == list("0123456")
+
+
+# Strips
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_strip_matrices_are_what_the_layer_does(axis):
+    """On a map of one row, the matrices of offset 0 alone count."""
+    model = timm.create_model("strip_mlp_pico")
+    layer = strips.strip_layers(model, axis)["stages.1.0"]
+    (strip,) = strips.weights_of("stages.1.0", layer, every_offset=False)
+    q, patches, length = layer.patch_channels, *strip.matrices.shape[:2]
+    x = torch.randn(1, q * patches, 1, length)
+    y = layer(x if axis == "row" else x.transpose(2, 3)).flatten(2)[0].detach().numpy()  # (C', L)
+    for channel in range(q * patches):
+        patch = channel % patches
+        expected = strip.matrices[patch] @ x[0, channel, 0].numpy() + layer.bias[patch].detach().numpy()
+        np.testing.assert_allclose(y[channel], expected, rtol=1e-4, atol=1e-5)
+    offsets = strips.weights_of("stages.1.0", layer, every_offset=True)
+    assert [each.offset for each in offsets] == [-1, 0, 1]
+    np.testing.assert_array_equal(offsets[1].matrices, strip.matrices)
+    np.testing.assert_array_equal(offsets[2].matrices, layer.weight.detach().numpy()[..., 2])
+
+
+def test_strips(command, tmp_path, checkpoint, monkeypatch):
+    figures = []
+    draw_strips = strips.draw_strips
+    monkeypatch.setattr(strips, "draw_strips", lambda *a: figures.append(draw_strips(*a)) or figures[-1])
+    status, out, err = command("strips", checkpoint)
+    assert (status, out) == (0, "strips.png\n"), err
+    assert png_size(tmp_path / "strips.png")[0] == 1400
+    layers = strips.strip_layers(build_from(checkpoint), "row")
+    shown = [axes.images[0] for axes in figures[0].axes if axes.images]
+    assert len(shown) == 6 + 3 * 8  # stage 1 has 6 patches
+    for image, name in ((shown[3], "stages.0.0"), (shown[6 + 3], "stages.1.0")):
+        np.testing.assert_array_equal(image.get_array(), layers[name].weight[3, :, :, 1].detach())
+    assert {image.get_clim() for image in shown} == {shown[0].get_clim()}
+    assert sum(shown[0].get_clim()) == 0
+    assert max(abs(image.get_array()).max() for image in shown) == pytest.approx(shown[0].get_clim()[1])
+
+    arguments = ("--axis", "column", "--offsets", "all", "--block", "stages.2.1", "--patches", 3, "--output", "b.png")
+    assert command("strips", checkpoint, *arguments, "--dpi", 150)[0] == 0
+    assert png_size(tmp_path / "b.png")[0] == 1050
+    assert sum(bool(axes.images) for axes in figures[1].axes) == 9
+    labels = [axes.get_ylabel() for axes in figures[1].axes[:9:3]]
+    assert labels == [f"stages.2.1\noffset {offset}\n3 of 24 patches" for offset in ("-1", "0", "+1")]
+
+
+def build_from(path):
+    content = torch.load(path, weights_only=True)
+    model = build_model(load_config(DIGITS, ["MODEL.NUM_CLASSES", "10"])[0]).eval()
+    model.load_state_dict(content["model"])
+    return model
+
+
+# Class activation maps
+
+
+def with_statistics(model):
+    """In evaluation mode, its normalisations as a training would leave them."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+def test_mean_of_the_map_and_bias_are_the_logit():
+    own = StripMLP(img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_classes=5)
+    for model in (own, timm.create_model("resnet10t", num_classes=5)):
+        model = with_statistics(model)
+        nn.init.normal_(model.get_classifier().bias)
+        image = torch.randn(1, 3, 64, 64)
+        logits = model(image)[0]
+        for label in range(5):
+            found = cam.class_activation_map(model, image, label)
+            assert found.shape == (2, 2)
+            assert found.std() > 0
+            torch.testing.assert_close(found.mean() + model.get_classifier().bias[label], logits[label])
+
+
+def test_grad_cam_of_the_last_stage_is_the_map_of_the_weights_alone():
+    """What is between it and the logit is a BatchNorm, a mean and the classifier."""
+    model = with_statistics(StripMLP(img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_classes=5))
+    image = torch.randn(1, 3, 64, 64)
+    last = model.forward_intermediates(image, intermediates_only=True)[3]
+    slope = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt() / 4  # of 2 x 2 tokens
+    for label in range(5):
+        expected = torch.einsum("c,chw->hw", model.head.fc.weight[label] * slope, last[0]).relu()
+        torch.testing.assert_close(cam.grad_cam(model, image, label, 4), expected)
+    assert cam.grad_cam(model, image, 0, 1).shape == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("convnext_atto", lambda *a: cam.class_activation_map(*a), "does not end in global average pooling"),
+        ("swin_s3_tiny_224", lambda *a: cam.class_activation_map(*a), "does not end in global average pooling"),
+        ("swin_s3_tiny_224", lambda *a: cam.grad_cam(*a, 3), "gives copies of its stages' maps"),
+    ],
+)
+def test_models_without_such_maps(name, function, message):
+    sized = {"img_size": 64, "window_size": 2, "embed_dim": 24} if "swin" in name else {}
+    model = timm.create_model(name, num_classes=5, depths=(1, 1, 1, 1), **sized).eval()
+    with pytest.raises(UserError, match=message):
+        function(model, torch.randn(1, 3, 64, 64), 0)
+
+
+def test_cam(command, tmp_path, checkpoint, monkeypatch):
+    images = [tmp_path / f"{i}$x^.png" for i in range(3)]
+    for i, path in enumerate(images):
+        Image.fromarray(np.uint8(load_digits().images[i] * 15)).save(path)
+    figures = []
+    draw_evidence = cam.draw_evidence
+    monkeypatch.setattr(cam, "draw_evidence", lambda *a: figures.append(draw_evidence(*a)) or figures[-1])
+    status, out, err = command("cam", checkpoint, *images)
+    assert (status, out) == (0, "cam.png\n"), err
+    assert "the map is one token" in err
+    assert png_size(tmp_path / "cam.png")[0] == 960
+    model = build_from(checkpoint)
+    shown = np.stack([axes.images[0].get_array() for axes in figures[0].axes[:6:2]])
+    with torch.no_grad():
+        logits = model((torch.tensor(shown).permute(0, 3, 1, 2) / 255 - MEAN) / STD)
+    for axes, row in zip(figures[0].axes[1:6:2], logits, strict=True):
+        label = int(row.argmax())
+        assert axes.get_title() == f"{label}: {row.softmax(dim=0)[label]:.2f}"
+        drawn = axes.images[1].get_array()
+        assert drawn.mean() == pytest.approx((row[label] - model.head.fc.bias[label]).item(), rel=1e-3)
+
+    status, out, err = command("cam", checkpoint, images[1], "--class", "7", "--stage", 2, "--output", "d.png")
+    assert (status, out) == (0, "d.png\n"), err
+    assert figures[1].axes[1].get_title() == f"7: {logits[1].softmax(dim=0)[7]:.2f}"
+    assert figures[1].axes[1].images[1].get_array().shape == (4, 4)
+    assert figures[1].axes[0].get_title() == images[1].name
+
+
+# Augmented images
+
+MIXED = ("AUG.REPROB", "0.5", "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.MIXUP_MODE", "elem")
+
+
+def test_augmented_images_are_those_of_training(monkeypatch, tmp_path):
+    """The first batch that the model of main.py is given."""
+
+    class Seen(Exception):
+        pass
+
+    def forward(self, x):
+        seen.append(x)
+        raise Seen
+
+    seen = []
+    monkeypatch.setattr(StripMLP, "forward", forward)
+    opts = [*TINY, *MIXED, "DATA.BATCH_SIZE", "8", "SEED", "3"]
+    monkeypatch.setattr("sys.argv", ["main.py", "--cfg", DIGITS, "--output", str(tmp_path), "--opts", *opts])
+    with pytest.raises(Seen):
+        training.main()
+    images, *_ = augmented.first_batch(load_config(DIGITS, opts)[0], epoch=0)
+    torch.testing.assert_close(images, seen[0], rtol=0, atol=0)
+
+
+def test_shares_are_without_label_smoothing():
+    opts = [*TINY, *MIXED, "DATA.BATCH_SIZE", "8"]
+    _, smoothed, classes = augmented.first_batch(load_config(DIGITS, opts)[0], epoch=1)
+    _, plain, _ = augmented.first_batch(load_config(DIGITS, [*opts, "MODEL.LABEL_SMOOTHING", "0.0"])[0], epoch=1)
+    torch.testing.assert_close(smoothed, plain)
+    assert classes == list("0123456789")
+    off = ["AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
+    _, single, _ = augmented.first_batch(load_config(DIGITS, [*opts, *off])[0], epoch=1)
+    assert torch.equal(single.sum(dim=1), torch.ones(8))
+    assert all(augmented.describe(target, classes, 9) in classes for target in single)
+
+
+def test_descriptions_of_targets():
+    classes = ["tench, Tinca tinca", "goldfish", "shark"]
+    assert augmented.describe(torch.tensor([0.0, 1, 0]), classes, 12) == "goldfish"
+    assert augmented.describe(torch.tensor([0.3, 0.7, 0]), classes, 12) == "goldf…: 0.70\ntench…: 0.30"
+    assert augmented.describe(torch.tensor([0.002, 0, 0.998]), classes, 12) == "shark"
+    assert augmented.describe(torch.tensor([1.0]), ["only"], 12) == "only"
+
+
+def test_augmented(command, tmp_path, monkeypatch):
+    figures = []
+    draw_tiles = augmented.draw_tiles
+    monkeypatch.setattr(augmented, "draw_tiles", lambda *a: figures.append(draw_tiles(*a)) or figures[-1])
+    status, out, err = command("augmented", "--cfg", DIGITS, "--count", 8, "--epoch", 2)
+    assert (status, out) == (0, "augmented.png\n"), err
+    assert png_size(tmp_path / "augmented.png")[0] == 1400
+    images, targets, _ = augmented.first_batch(load_config(DIGITS)[0], epoch=1)
+    tiles = [axes for axes in figures[0].axes if axes.images]
+    assert [tile.get_title() for tile in tiles] == [str(int(target.argmax())) for target in targets[:8]]
+    for tile, image in zip(tiles, images, strict=False):  # the config neither erases nor mixes
+        expected = (image * STD + MEAN).permute(1, 2, 0)
+        np.testing.assert_allclose(tile.images[0].get_array(), expected, atol=1e-6)
+
+
+# Mistakes
+
+
+def test_mistakes(checkpoint, tmp_path):
+    result = python(ROOT / "tools/visualize.py", "mistakes", checkpoint, cwd=tmp_path)
+    names = ["mistakes.png", "mistakes_confusion.png", "mistakes_predictions.csv"]
+    assert result.stdout.split() == names
+    assert png_size(tmp_path / names[0])[0] == 1400
+    assert png_size(tmp_path / names[1])[0] > 800
+
+    config, _ = load_config(DIGITS)
+    main_eval.run(config, [], WORLD, str(checkpoint), json_file=tmp_path / "eval.json")
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    rows = read_csv(tmp_path / names[2])
+    assert [row["index"] for row in rows] == [str(i) for i in range(360)]
+    right = sum(row["true"] == row["predicted"] for row in rows)
+    assert 0 < right < 360
+    assert 100 * right / 360 == pytest.approx(evaluated["top1"])
+    assert np.mean([float(row["loss"]) for row in rows]) == pytest.approx(evaluated["val_loss"], rel=1e-4)
+    assert all(float(row["loss"]) == pytest.approx(-math.log(float(row["p_true"])), abs=1e-3) for row in rows[:20])
+    source = build_sources(config, WORLD, train=False).val
+    assert [int(row["true"]) for row in rows] == source.targets
+    assert rows[5]["image"] == source.name(5)
+
+
+def some_predictions(true, predicted, loss, readable=None):
+    n = len(true)
+    readable = np.ones(n, dtype=bool) if readable is None else np.array(readable)
+    half = np.full(n, 0.5)
+    return mistakes.Predictions(np.arange(n), readable, np.array(true), np.array(predicted), half, half, np.array(loss))
+
+
+def test_worst_mistakes_and_confusion():
+    found = some_predictions([0, 1, 2, 2, 1], [0, 2, 0, 1, 0], [9, 1, 3, 2, 8], readable=np.ones(5) == [1, 1, 1, 1, 0])
+    assert found.wrong.tolist() == [2, 3, 1]
+    assert found.confusion(4).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert mistakes.summary(found) == "3 of 4 images wrong (1 that cannot be read left out)"
+
+
+def test_confusion_of_the_digits(checkpoint):
+    found = mistakes.predict(loaded(checkpoint), build_sources(load_config(DIGITS)[0], WORLD, train=False).val)
+    matrix = found.confusion(10)
+    assert matrix.sum() == 360
+    assert np.trace(matrix) == 360 - len(found.wrong)
+    assert matrix.sum(axis=1).tolist() == np.bincount(found.true).tolist()
+    axes = mistakes.draw_confusion(found, list("0123456789")).axes[0]
+    written = np.zeros((10, 10), dtype=int)
+    for text in axes.texts:
+        column, row = text.get_position()
+        written[row, column] = int(text.get_text())
+    assert (written == matrix).all()
+    np.testing.assert_allclose(axes.images[0].get_array(), matrix / matrix.sum(axis=1, keepdims=True))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+
+
+def loaded(path):
+    parser = argparse.ArgumentParser()
+    trained.add_arguments(parser)
+    return trained.load_trained(parser.parse_args([str(path)]))
+
+
+def test_of_many_classes_the_most_confused():
+    true = np.repeat(np.arange(30), 3)
+    predicted = np.where(true % 3 == 0, (true + 1) % 30, true)  # 10 classes are taken for 10 others
+    found = some_predictions(true, predicted, np.ones(90))
+    names = [f"class number {i} of thirty" for i in range(30)]
+    axes = mistakes.draw_confusion(found, names).axes[0]
+    assert "the 20 most confused of 30 classes, 30 mistakes among them" in axes.get_title()
+    shown = [label for label in range(30) if label % 3 < 2]
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels == [common.shorten(names[label], 18) for label in shown]
+
+
+def test_most_confused_pairs_rather_than_most_mistaken_classes():
+    matrix = np.full((30, 30), 1)
+    matrix[0] = 2  # class 0 has most mistakes
+    matrix[5, 9] = matrix[9, 5] = 4
+    matrix[20, 7] = 6
+    assert mistakes.most_confused(matrix, 4).tolist() == [5, 7, 9, 20]
+
+
+def test_unreadable_images_and_none_wrong(command, tmp_path):
+    path = write_checkpoint(tmp_path / "two.pth", [*TINY, "DATA.DATASET", "imagenet"], ("class0", "class1"))
+    write_image(tmp_path / "data/val/class0/a.jpg", seed=0)
+    write_image(tmp_path / "data/val/class1/b.jpg", seed=1)
+    (tmp_path / "data/val/class1/c.jpg").write_bytes(b"no image")
+    status, _, err = command("mistakes", path, "--data-path", "data", "--output", "e.png")
+    assert status == 0, err
+    rows = read_csv(tmp_path / "e_predictions.csv")
+    assert [row["readable"] for row in rows] == ["True", "True", "False"]
+    assert rows[2]["predicted"] == rows[2]["loss"] == ""
+
+    found = some_predictions([0, 1], [0, 1], [0.1, 0.1])
+    figure = mistakes.draw_mistakes(found, [], None, ["a", "b"])
+    assert figure.get_suptitle() == "0 of 2 images wrong"
+
+
+# The command
+
+
+def test_shortened_names():
+    assert common.shorten("abcdefghij", 10) == "abcdefghij"
+    assert common.shorten("abcdefghijk", 10) == "abcdefghi…"
+    assert common.shorten("abcdefghijk", 10, keep_end=True) == "abcd…ghijk"
+
+
+@pytest.mark.parametrize("picture", visualize.COMMANDS)
+def test_help_has_an_example(command, picture):
+    status, out, _ = command(picture, "--help")
+    assert status == 0
+    assert f"python tools/visualize.py {picture} " in out
+    assert "--output FILE" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["strips", "CHECKPOINT", "--output", "a.pdf"], 1, "a.pdf: no PNG file"),
+        (["strips", "CHECKPOINT", "--output", "nowhere/a.png"], 1, "there is no folder nowhere"),
+        (
+            ["strips", "CHECKPOINT", "--block", "stages.9.0"],
+            1,
+            "--block stages.9.0: no block with strips; accepted: st",
+        ),
+        (["strips", "missing.pth"], 1, "missing.pth: no such checkpoint file"),
+        (["strips", "CHECKPOINT", "--patches", "0"], 2, "accepted: 1 or more"),
+        (["strips", "CHECKPOINT", "--dpi", "72"], 2, "accepted: 150 or more"),
+        (["cam", "CHECKPOINT", "missing.png"], 1, "missing.png: cannot be read as an image"),
+        (["cam", "CHECKPOINT", "missing.png", "--class", "cat"], 1, "--class cat: no such class; accepted: 0, 1, 2"),
+        (["cam", "CHECKPOINT", "missing.png", "--stage", "5"], 2, "--stage"),
+        (["receptive-field"], 1, "nothing to draw"),
+        (["receptive-field", "--variants", "strip_mlp_pic"], 1, "nearest names: strip_mlp_pico"),
+        (["receptive-field", "CHECKPOINT", "--images", "nowhere"], 1, "--images nowhere: no image files there"),
+        (["augmented", "--cfg", "missing.yaml"], 2, "missing.yaml: cannot be read"),
+        (["augmented", "--cfg", DIGITS, "--opts", "DATA.BATCH_SIZE", "9999"], 1, "DATA.BATCH_SIZE is 9999"),
+        (["mistakes", "CHECKPOINT", "--opts", "DATA.DATASET", "imagenet"], 1, "DATA.DATA_PATH is empty"),
+        ([], 2, "PICTURE"),
+    ],
+)
+def test_bad_input(command, checkpoint, tmp_path, arguments, status, message):
+    found, out, err = command(*(str(checkpoint) if each == "CHECKPOINT" else each for each in arguments))
+    assert found == status, err
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_file_that_nobody_named_is_not_replaced(command, checkpoint, tmp_path):
+    (tmp_path / "strips.png").write_bytes(b"mine")
+    status, _, err = command("strips", checkpoint)
+    assert (status, (tmp_path / "strips.png").read_bytes()) == (1, b"mine")
+    assert "strips.png: there already; name another file with --output" in err
+    assert command("strips", checkpoint, "--output", "strips.png")[0] == 0
+    assert png_size(tmp_path / "strips.png")
+
+
+def test_fonts_are_readable_in_print():
+    """At a figure's own size, which is at most that of a page."""
+    assert common.WIDTH <= 7.2
+    assert all(visualize.STYLE[key] >= 9 for key in ("font.size", *visualize.SIZES))

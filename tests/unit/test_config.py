@@ -1,0 +1,871 @@
+"""Config files, merging and validation; errors at the entry points; the model that a config describes."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from config import (
+    DATASETS,
+    ConfigError,
+    add_arguments,
+    get_config,
+    get_default_config,
+    leaves,
+    load_config,
+    save_config,
+)
+from lr_scheduler import lr_scale
+from models import StripMLP, build_model
+from utils import UserError, run_entry_point
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+# embed_dim, layers, patch_channels (q), millions of parameters
+VARIANTS = {
+    "tiny_light": (80, [2, 2, 6, 2], 2, 18.2),
+    "tiny": (80, [2, 2, 12, 2], 2, 24.9),
+    "small": (96, [2, 2, 18, 2], 4, 42.6),
+    "base": (112, [2, 2, 18, 2], 4, 57.2),
+}
+RELEASED_DATASETS = {
+    "imagenet1k": "imagenet-1k",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "caltech101": "101_ObjectCategories",
+}
+RECIPE = {
+    "DATA.IMG_SIZE": 224,
+    "DATA.INTERPOLATION": "bicubic",
+    "MODEL.TYPE": "strip_mlp_layer",
+    "MODEL.NUM_CLASSES": 0,
+    "MODEL.DROP_PATH_RATE": 0.1,
+    "MODEL.LABEL_SMOOTHING": 0.1,
+    "MODEL.STRIP_MLP.PATCH_SIZE": 4,
+    "MODEL.STRIP_MLP.STRIP_WIDTH": 3,
+    "MODEL.STRIP_MLP.ALPHA": 3.0,
+    "TRAIN.EPOCHS": 300,
+    "TRAIN.WARMUP_EPOCHS": 20,
+    "TRAIN.WEIGHT_DECAY": 0.05,
+    "TRAIN.BASE_LR": 5e-4,
+    "TRAIN.WARMUP_LR": 5e-7,
+    "TRAIN.MIN_LR": 5e-6,
+    "TRAIN.LR_REFERENCE_BATCH": 300,
+    "TRAIN.CLIP_GRAD": 5.0,
+    "TRAIN.LR_SCHEDULER.NAME": "cosine",
+    "TRAIN.OPTIMIZER.NAME": "adamw",
+    "TRAIN.OPTIMIZER.EPS": 1e-8,
+    "TRAIN.OPTIMIZER.BETAS": [0.9, 0.999],
+    "AUG.COLOR_JITTER": 0.4,
+    "AUG.AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
+    "AUG.REPROB": 0.25,
+    "AUG.REMODE": "pixel",
+    "AUG.RECOUNT": 1,
+    "AUG.MIXUP": 0.8,
+    "AUG.CUTMIX": 1.0,
+    "AUG.MIXUP_PROB": 1.0,
+    "AUG.MIXUP_SWITCH_PROB": 0.5,
+    "AUG.MIXUP_MODE": "batch",
+    "TEST.CROP": True,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes files below tmp_path and returns the path of the last."""
+
+    def write(**files: str) -> Path:
+        for name, text in files.items():
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def as_yaml(key: str, value) -> str:
+    """A YAML file that sets one dotted key."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return yaml.safe_dump(value)
+
+
+def parse(*command: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(word) for word in command])
+
+
+def refused(path, opts=(), overrides=()) -> str:
+    """The message that a config is refused with."""
+    with pytest.raises(ConfigError) as error:
+        load_config(path, opts, overrides)
+    assert error.value.exit_status == 2
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# The files of configs/
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_file_loads_and_its_dump_loads_as_the_same(file, tmp_path):
+    config, notes = load_config(CONFIGS / file)
+    assert notes == []
+    assert config.is_frozen()
+    save_config(config, tmp_path)
+    again, notes = load_config(tmp_path / "config.yaml")
+    assert notes == []
+    assert leaves(again) == leaves(config)
+    assert {key: type(value) for key, value in leaves(again).items()} == {
+        key: type(value) for key, value in leaves(config).items()
+    }
+
+
+def test_all_released_file_names_are_there():
+    released = {f"smlp_{v}_alpha3_patch4_224_{d}.yaml" for v in VARIANTS for d in RELEASED_DATASETS}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == released | {"strip_mlp_pico_digits.yaml"}
+
+
+@pytest.mark.parametrize("dataset", RELEASED_DATASETS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_released_file(variant, dataset):
+    name = f"smlp_{variant}_alpha3_patch4_224_{dataset}"
+    config, _ = load_config(CONFIGS / f"{name}.yaml")
+    values = leaves(config)
+    assert {key: values[key] for key in RECIPE} == RECIPE
+    assert values["MODEL.NAME"] == name
+    assert values["DATA.DATASET"] == RELEASED_DATASETS[dataset]
+    geometry = [values[f"MODEL.STRIP_MLP.{name}"] for name in ("EMBED_DIM", "LAYERS", "PATCH_CHANNELS")]
+    assert geometry == list(VARIANTS[variant][:3])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "accepted"),
+    [
+        ("CGSMM_STRUCTURE", "serial", "cascade, parallel"),
+        ("BRANCHES", "none", "both, cgsmm, lsmm"),
+        ("STRIP_WIDTH", "4", "1, 3, 5, 7, ..."),
+        ("PATCH_CHANNELS", "-2", "channels per patch, 0 for the released rule, or -1 for one patch"),
+        ("GRN", "perhaps", "True or False"),
+        ("POSITION_TABLES", "perhaps", "True or False"),
+        ("MULTI_SCALE_SHORTCUTS", "perhaps", "True or False"),
+    ],
+)
+def test_keys_of_ablations_name_what_they_accept(key, value, accepted):
+    message = refused(CONFIGS / "strip_mlp_pico_digits.yaml", ["MODEL.STRIP_MLP." + key, value])
+    assert f"MODEL.STRIP_MLP.{key} is " in message
+    assert message.endswith(f"accepted: {accepted}")
+
+
+@pytest.mark.parametrize("file", ["smlp_small_alpha3_patch4_224_cifar100", "strip_mlp_pico_digits"])
+def test_released_values_of_the_keys_of_ablations(file):
+    config, _ = load_config(CONFIGS / f"{file}.yaml")
+    keys = config.MODEL.STRIP_MLP
+    assert (keys.STRIP_WIDTH, keys.CGSMM_STRUCTURE, keys.BRANCHES) == (3, "cascade", "both")
+    assert keys.POSITION_TABLES and keys.MULTI_SCALE_SHORTCUTS and keys.GRN
+
+
+PEER = "BASE: base.yaml\nMODEL: {TYPE: timm, NAME: resnet50%s}"
+
+
+@pytest.mark.parametrize(
+    ("text", "opts", "reported"),
+    [
+        (PEER % "", [], []),
+        (PEER % ", STRIP_MLP: {STRIP_WIDTH: 5}", [], ["STRIP_WIDTH is 5"]),
+        (PEER % ", STRIP_MLP: {STRIP_WIDTH: 3}", [], []),  # the default
+        (PEER % "", ["MODEL.STRIP_MLP.GRN", "False"], ["GRN is False"]),
+        ("BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: cgsmm}}", ["MODEL.STRIP_MLP.STRIP_WIDTH", "5"], []),
+        ("BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: lsmm}}", [], []),
+        (
+            "BASE: base.yaml\nMODEL: {STRIP_MLP: {BRANCHES: lsmm, PATCH_CHANNELS: 1}}",
+            ["MODEL.STRIP_MLP.POSITION_TABLES", "False", "MODEL.STRIP_MLP.GRN", "False"],
+            ["PATCH_CHANNELS is 1", "POSITION_TABLES is False"],
+        ),
+    ],
+)
+def test_values_without_effect_on_the_model(write, text, opts, reported):
+    path = write(base="MODEL: {NAME: base, STRIP_MLP: {LAYERS: [1, 1, 1, 1], PATCH_CHANNELS: 2}}", run=text)
+    _, notes = load_config(path, opts)
+    assert [
+        f"MODEL.STRIP_MLP.{words}, which changes nothing, because MODEL." in note
+        for words, note in zip(reported, notes, strict=True)
+    ] == [True] * len(reported), notes
+    assert all(note.startswith((str(path), "--opts")) for note in notes)
+
+
+def test_peak_learning_rate_of_the_paper():
+    config, _ = load_config(CONFIGS / "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", ["DATA.BATCH_SIZE", "128"])
+    assert config.TRAIN.BASE_LR * lr_scale(config, world_size=8) == pytest.approx(1.7e-3, rel=0.005)
+    default = get_default_config()
+    assert default.TRAIN.LR_REFERENCE_BATCH == 512
+    assert default.TRAIN.BASE_LR * lr_scale(default, world_size=8) == pytest.approx(1.0e-3)
+
+
+# YAML files for the released code
+
+RELEASED_YAML = """
+BASE: ['']
+DATA:
+  DATASET: imagenet-1k
+  DATA_PATH: /home/someone/imagenet
+  IMG_SIZE: 224
+MODEL:
+  TYPE: strip_mlp_layer
+  NAME: smlp_small_alpha3_patch4_224_imagenet1k
+  DROP: 0.0
+  DROP_RATE: 0.0
+  NUM_CLASSES: 1000
+  ALPHA: 2
+  PATCH_NORM: True
+  STRIP_MLP:
+    EMBED_DIM: 96
+    LAYERS: [2, 2, 18, 2]
+"""
+
+
+def test_released_format(write):
+    path = write(released=RELEASED_YAML)
+    config, notes = load_config(path, overrides=[("DATA.DATA_PATH", "/data", "--data-path")])
+    assert config.MODEL.STRIP_MLP.ALPHA == 2.0
+    assert config.MODEL.STRIP_MLP.EMBED_DIM == 96
+    assert config.MODEL.STRIP_MLP.LAYERS == [2, 2, 18, 2]
+    assert config.MODEL.NUM_CLASSES == 1000
+    assert config.DATA.DATASET == "imagenet-1k"
+    assert config.DATA.DATA_PATH == "/data"
+    assert load_config(path)[0].DATA.DATA_PATH == "/home/someone/imagenet"
+    assert len(notes) == 4
+    assert all(str(path) in note for note in notes)
+    for key in ("MODEL.DROP ", "MODEL.DROP_RATE ", "MODEL.PATCH_NORM "):
+        assert any(key in note and "ignored" in note for note in notes)
+    assert any("MODEL.ALPHA is read as MODEL.STRIP_MLP.ALPHA" in note for note in notes)
+
+
+@pytest.mark.parametrize(("embed_dim", "patch_channels"), [(80, 2), (96, 4), (112, 4), (120, 4), (160, 2)])
+def test_patch_channels_of_the_released_rule(write, embed_dim, patch_channels):
+    path = write(released=RELEASED_YAML.replace("96", str(embed_dim)).replace("224", "32"))
+    with torch.device("meta"):
+        model = build_model(load_config(path)[0])
+    assert model.stages[0][0].token_mixing.cgsmm.strip_h.patch_channels == patch_channels
+
+
+# BASE
+
+
+def test_base_is_recursive_and_relative_to_its_file(tmp_path, monkeypatch):
+    for folder in ("runs", "common", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "common/first.yaml").write_text("SEED: 1\nTAG: first\nPRINT_FREQ: 1\n")
+    (tmp_path / "common/second.yaml").write_text("BASE: first.yaml\nTAG: second\nSAVE_FREQ: 2\n")
+    (tmp_path / "runs/run.yaml").write_text("BASE: [../common/second.yaml]\nSAVE_FREQ: 3\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config, _ = load_config("../runs/run.yaml")
+    assert (config.SEED, config.TAG, config.SAVE_FREQ, config.PRINT_FREQ) == (1, "second", 3, 1)
+
+
+@pytest.mark.parametrize("base", ["a.yaml", "b.yaml", "c.yaml"])
+def test_base_in_a_circle(write, base):
+    path = write(c="BASE: a.yaml", b="BASE: c.yaml", a=f"BASE: {base}")
+    message = refused(path)
+    assert "BASE goes in a circle" in message
+    assert message.count("a.yaml") >= 2
+    assert base in message
+
+
+def test_key_that_is_there_twice(write):
+    message = refused(write(run="TRAIN:\n  EPOCHS: 40\nSEED: 1\nTRAIN:\n  BASE_LR: 0.1\n"))
+    for part in ("run.yaml", "TRAIN", "twice"):
+        assert part in message
+
+
+def test_base_reached_twice_is_no_circle(write):
+    path = write(top="SEED: 3", left="BASE: top.yaml", right="BASE: top.yaml", run="BASE: [left.yaml, right.yaml]")
+    assert load_config(path)[0].SEED == 3
+
+
+@pytest.mark.parametrize("none", ["BASE: ['']", "BASE: ''", "BASE: []", "BASE:", ""])
+def test_no_base(write, none):
+    assert leaves(load_config(write(run=none))[0]) == leaves(get_default_config())
+
+
+@pytest.mark.parametrize("base", ["3", "{a: b}", "[3]"])
+def test_base_of_a_wrong_type(write, base):
+    path = write(run=f"BASE: {base}")
+    message = refused(path)
+    assert str(path) in message
+    assert "BASE" in message
+
+
+def test_base_that_is_missing(write, tmp_path):
+    assert str(tmp_path / "gone.yaml") in refused(write(run="BASE: gone.yaml"))
+
+
+# What may not be read
+
+
+@pytest.mark.parametrize("how", ["cfg", "base"])
+def test_python_config_is_refused_and_not_run(tmp_path, write, how):
+    marker, script = tmp_path / "marker", tmp_path / "evil.py"
+    script.write_text(f"open({str(marker)!r}, 'w')")
+    message = refused(script if how == "cfg" else write(run="BASE: evil.py"))
+    assert str(script) in message
+    assert ".yaml" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch {marker}']",
+        "!!python/object/new:os.system ['touch {marker}']",
+        "!!python/name:os.system",
+        "!!python/tuple [1, 2]",
+    ],
+)
+def test_yaml_with_python_tags_is_refused_and_not_run(tmp_path, write, tag):
+    marker = tmp_path / "marker"
+    path = write(run=f"TAG: {tag.format(marker=marker)}")
+    message = refused(path)
+    assert str(path) in message
+    assert "not valid YAML" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["DATA: [", "DATA:\n\tIMG_SIZE: 3", "a: b: c", "TAG: \0", "TAG: 2024-13-01", "SEED: !!int x"],
+    ids=["open", "tab", "colons", "nul", "no-date", "no-int"],
+)
+def test_damaged_yaml(write, text):
+    path = write(run=text)
+    assert str(path) in refused(path)
+
+
+@pytest.mark.parametrize("text", ["- SEED", "SEED", "3"])
+def test_yaml_that_is_no_mapping(write, text):
+    path = write(run=text)
+    message = refused(path)
+    assert str(path) in message
+    assert "mapping" in message
+
+
+def test_yaml_that_is_no_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"TAG: \xff\xfe")
+    assert str(path) in refused(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    for path in (tmp_path / "gone.yaml", folder):
+        assert str(path) in refused(path)
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("DATA.BATCHSIZE", "DATA.BATCH_SIZE"),
+        ("TRAIN.EPOCH", "TRAIN.EPOCHS"),
+        ("EMBED_DIM", "MODEL.STRIP_MLP.EMBED_DIM"),
+        ("MODEL.LAYERS", "MODEL.STRIP_MLP.LAYERS"),
+        ("MODEL.STRIP_MLP.ALPHAS", "MODEL.STRIP_MLP.ALPHA"),
+    ],
+)
+def test_unknown_key(write, key, suggestion):
+    path = write(run=as_yaml(key, 3))
+    message = refused(path)
+    assert message == f"{path}: unknown key {key}; did you mean {suggestion}?"
+    assert refused(write(empty=""), [key, "3"]) == f"--opts: unknown key {key}; did you mean {suggestion}?"
+
+
+def test_unknown_key_like_no_other(write):
+    path = write(run="QQQQQ: 3")
+    assert refused(path) == f"{path}: unknown key QQQQQ"
+
+
+@pytest.mark.parametrize(("section", "suggestion"), [("MODLE", "MODEL."), ("MODEL.STRIP_MPL", "MODEL.STRIP_MLP.")])
+def test_unknown_section(write, section, suggestion):
+    path = write(run=as_yaml(f"{section}.EMBED_DIM", 8))
+    message = refused(path)
+    assert f"{path}: unknown key {section}" in message
+    assert f"did you mean {suggestion}" in message
+
+
+@pytest.mark.parametrize("value", ["3", "[]", "text"])
+def test_value_for_a_section(write, value):
+    path = write(run=f"DATA: {value}")
+    for message in (refused(path), refused(write(empty=""), ["DATA", value])):
+        assert "DATA is a section" in message
+        assert "BATCH_SIZE" in message
+
+
+def test_empty_section(write):
+    assert leaves(load_config(write(run="DATA:\nTRAIN: {}"))[0]) == leaves(get_default_config())
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TRAIN.EPOCHS", "many"),
+        ("TRAIN.EPOCHS", 1.5),
+        ("TRAIN.EPOCHS", True),
+        ("TRAIN.EPOCHS", [3]),
+        ("TRAIN.EPOCHS", None),
+        ("TRAIN.EPOCHS", "{{}}"),
+        ("TRAIN.EPOCHS", "(" * 10000),
+        ("TRAIN.BASE_LR", "fast"),
+        ("TRAIN.BASE_LR", True),
+        ("TRAIN.BASE_LR", "__import__('os').getcwd()"),
+        ("TRAIN.AUTO_RESUME", 1),
+        ("TRAIN.AUTO_RESUME", "yes please"),
+        ("DATA.DATA_PATH", ["a"]),
+        ("DATA.DATA_PATH", None),
+        ("MODEL.NAME", {"a": "b"}),
+        ("MODEL.STRIP_MLP.LAYERS", 2),
+        ("MODEL.STRIP_MLP.LAYERS", [2, 2, "six", 2]),
+        ("MODEL.STRIP_MLP.LAYERS", [2, 2, 6.5, 2]),
+        ("TRAIN.OPTIMIZER.BETAS", 0.9),
+    ],
+)
+def test_wrong_type(write, key, value):
+    path = write(run=as_yaml(key, value))
+    message = refused(path)
+    assert message.startswith(f"{path}: {key}")
+    assert "accepted:" in message
+    if isinstance(value, str):
+        message = refused(write(empty=""), [key, value])
+        assert message.startswith(f"--opts: {key}")
+        assert "accepted:" in message
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("DATA.DATASET", ["", "mnist", "cifar10"]),
+        ("DATA.BATCH_SIZE", [0, -2]),
+        ("DATA.IMG_SIZE", [0]),
+        ("DATA.INTERPOLATION", ["cubic"]),
+        ("DATA.CACHE_MODE", ["all"]),
+        ("DATA.NUM_WORKERS", [-2]),
+        ("MODEL.TYPE", ["smlp"]),
+        ("MODEL.NAME", ["", "..", ".", "a/b"]),
+        ("MODEL.NUM_CLASSES", [-1]),
+        ("MODEL.DROP_PATH_RATE", [-0.1, 1, NAN]),
+        ("MODEL.LABEL_SMOOTHING", [-0.1, 1, NAN]),
+        ("MODEL.STRIP_MLP.PATCH_SIZE", [0]),
+        ("MODEL.STRIP_MLP.IN_CHANS", [1, 4]),
+        ("MODEL.STRIP_MLP.EMBED_DIM", [0, 3]),
+        ("MODEL.STRIP_MLP.LAYERS", [[], [2, 2, 6], [2, 2, 6, 2, 2], [2, 2, 0, 2]]),
+        ("MODEL.STRIP_MLP.PATCH_CHANNELS", [-2]),
+        ("MODEL.STRIP_MLP.STRIP_WIDTH", [0, 2, -1]),
+        ("MODEL.STRIP_MLP.ALPHA", [0, -1, NAN, INFINITY]),
+        ("MODEL.STRIP_MLP.CGSMM_STRUCTURE", ["", "serial", "Cascade"]),
+        ("MODEL.STRIP_MLP.BRANCHES", ["", "none", "cgsmm+lsmm"]),
+        ("TRAIN.EPOCHS", [0]),
+        ("TRAIN.WARMUP_EPOCHS", [-1, 300, 301]),
+        ("TRAIN.WEIGHT_DECAY", [-0.1, NAN, INFINITY]),
+        ("TRAIN.BASE_LR", [0, -1, NAN, INFINITY]),
+        ("TRAIN.WARMUP_LR", [-1, NAN, INFINITY]),
+        ("TRAIN.MIN_LR", [-1, NAN, INFINITY]),
+        ("TRAIN.LR_REFERENCE_BATCH", [0]),
+        ("TRAIN.CLIP_GRAD", [-1, NAN, INFINITY]),
+        ("TRAIN.ACCUMULATION_STEPS", [0]),
+        ("TRAIN.LR_SCHEDULER.NAME", ["warm"]),
+        ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", [0]),
+        ("TRAIN.LR_SCHEDULER.DECAY_RATE", [0, NAN]),
+        ("TRAIN.OPTIMIZER.NAME", ["lamb"]),
+        ("TRAIN.OPTIMIZER.EPS", [0, NAN]),
+        ("TRAIN.OPTIMIZER.BETAS", [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9]]),
+        ("TRAIN.OPTIMIZER.MOMENTUM", [1, -0.1]),
+        ("AUG.HFLIP", [-0.1, 1.1, NAN]),
+        ("AUG.COLOR_JITTER", [-0.1, INFINITY]),
+        ("AUG.REPROB", [-0.1, 1.1]),
+        ("AUG.REMODE", ["noise"]),
+        ("AUG.RECOUNT", [0]),
+        ("AUG.MIXUP", [-0.1]),
+        ("AUG.CUTMIX", [-0.1]),
+        ("AUG.MIXUP_PROB", [-0.1, 1.1]),
+        ("AUG.MIXUP_SWITCH_PROB", [-0.1, 1.1]),
+        ("AUG.MIXUP_MODE", ["image"]),
+        ("AMP", ["O1"]),
+        ("DEVICE", ["tpu", "cuda:0"]),
+        ("OUTPUT", [""]),
+        ("TAG", ["", "..", "a/b", "a\nb"]),
+        ("SAVE_FREQ", [0]),
+        ("PRINT_FREQ", [0]),
+        ("SEED", [-1]),
+    ],
+)
+def test_out_of_range(write, key, values):
+    for value in values:
+        path = write(run=as_yaml(key, value))
+        message = refused(path)
+        assert message.startswith(f"{path}: {key} is {value!r}"), message
+        message = refused(write(empty=""), overrides=[(key, value, "--some-flag")])
+        assert message.startswith(f"--some-flag: {key} is {value!r}"), message
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("DATA.DATASET", DATASETS),
+        ("DATA.INTERPOLATION", ["bicubic", "bilinear", "nearest", "random"]),
+        ("DATA.CACHE_MODE", ["no", "full", "part"]),
+        ("DATA.NUM_WORKERS", [-1, 0]),
+        ("MODEL.TYPE", ["strip_mlp_layer", "timm"]),
+        ("MODEL.DROP_PATH_RATE", [0.0, 0.99]),
+        ("MODEL.STRIP_MLP.STRIP_WIDTH", [1, 3, 5, 7]),
+        ("MODEL.STRIP_MLP.PATCH_CHANNELS", [-1, 0, 1]),
+        ("MODEL.STRIP_MLP.CGSMM_STRUCTURE", ["cascade", "parallel"]),
+        ("MODEL.STRIP_MLP.BRANCHES", ["both", "cgsmm", "lsmm"]),
+        ("MODEL.STRIP_MLP.GRN", [True, False]),
+        ("TRAIN.WARMUP_EPOCHS", [0, 299]),
+        ("TRAIN.CLIP_GRAD", [0.0]),
+        ("TRAIN.LR_SCHEDULER.NAME", ["cosine", "linear", "step"]),
+        ("TRAIN.OPTIMIZER.NAME", ["adamw", "sgd"]),
+        ("TRAIN.OPTIMIZER.MOMENTUM", [0.0]),
+        ("AUG.HFLIP", [0.0, 1.0]),
+        ("AUG.REMODE", ["const", "rand", "pixel"]),
+        ("AUG.MIXUP_MODE", ["batch", "pair", "elem"]),
+        ("AUG.AUTO_AUGMENT", ["none", "rand-m9-mstd0.5-inc1", "original", "v0", "3a", "augmix-m5-w4-d2"]),
+        ("AMP", ["auto", "on", "off", "bfloat16", "float16"]),
+        ("DEVICE", ["auto", "cpu", "cuda"]),
+    ],
+)
+def test_accepted(write, key, values):
+    for value in values:
+        config, _ = load_config(write(run=as_yaml(key, value)))
+        assert leaves(config)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [("AMP: off", "AMP", "off"), ("AMP: on", "AMP", "on"), ("DATA: {CACHE_MODE: no}", "DATA.CACHE_MODE", "no")],
+)
+def test_words_that_yaml_takes_for_booleans(write, text, key, value):
+    assert leaves(load_config(write(run=text))[0])[key] == value
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("no", False), ("off", False), ("false", False), ("yes", True), ("True", True)]
+)
+def test_words_for_booleans(write, word, value):
+    for text, opts in ((f"TRAIN: {{SYNC_BN: {word}, AUTO_RESUME: {word}}}", []), ("", ["TRAIN.SYNC_BN", word])):
+        assert load_config(write(run=text), opts)[0].TRAIN.SYNC_BN is value
+    assert load_config(write(run=f"TRAIN: {{AUTO_RESUME: {word}}}"))[0].TRAIN.AUTO_RESUME is value
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # YAML 1.1 takes this for text
+        ("TRAIN: {BASE_LR: 1}", "TRAIN.BASE_LR", 1.0),
+        ("TRAIN: {OPTIMIZER: {BETAS: [0, 9e-1]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.9]),
+        ("TAG: 5e-4", "TAG", "5e-4"),
+        ("TAG: 12", "TAG", "12"),
+        ("TRAIN.EPOCHS: 40", "TRAIN.EPOCHS", 40),
+    ],
+)
+def test_value_in_yaml(write, text, key, value):
+    found = leaves(load_config(write(run=text))[0])[key]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("TRAIN.BASE_LR", "5e-4", 5e-4),
+        ("TRAIN.BASE_LR", "1", 1.0),
+        ("TRAIN.EPOCHS", "40", 40),
+        ("TRAIN.AUTO_RESUME", "False", False),
+        ("TRAIN.AUTO_RESUME", "false", False),
+        ("TRAIN.USE_CHECKPOINT", "TRUE", True),
+        ("MODEL.STRIP_MLP.LAYERS", "[1, 1, 2, 1]", [1, 1, 2, 1]),
+        ("MODEL.STRIP_MLP.LAYERS", "1,1,2,1", [1, 1, 2, 1]),
+        ("AMP", "off", "off"),
+        ("TAG", "12", "12"),
+        ("TAG", "True", "True"),
+        ("MODEL.ALPHA", "2", None),
+    ],
+)
+def test_value_in_opts(write, key, text, value):
+    config, notes = load_config(write(run=""), [key, text])
+    if key == "MODEL.ALPHA":
+        key, value = "MODEL.STRIP_MLP.ALPHA", 2.0
+        assert notes == ["--opts: MODEL.ALPHA is read as MODEL.STRIP_MLP.ALPHA"]
+    found = leaves(config)[key]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_opts_without_a_value(write):
+    message = refused(write(run=""), ["SEED", "1", "TAG"])
+    assert "--opts" in message
+    assert "TAG" in message
+
+
+def test_defaults_stay_as_they_are(write):
+    before = leaves(get_default_config())
+    load_config(write(run="MODEL: {STRIP_MLP: {LAYERS: [1, 1, 1, 1]}}"), ["TRAIN.OPTIMIZER.BETAS", "[0.5, 0.6]"])
+    assert leaves(get_default_config()) == before
+
+
+# Values that do not go together
+
+
+def test_warmup_as_long_as_the_training(write):
+    path = write(run="TRAIN: {EPOCHS: 30, WARMUP_EPOCHS: 30}")
+    message = refused(path)
+    for part in (str(path), "TRAIN.WARMUP_EPOCHS is 30", "TRAIN.EPOCHS", "30"):
+        assert part in message
+
+
+def test_fewer_epochs_than_the_default_warmup_names_where_the_epochs_come_from(write):
+    message = refused(write(run=""), overrides=[("TRAIN.EPOCHS", 10, "--some-flag")])
+    for part in ("--some-flag", "TRAIN.EPOCHS", "10", "TRAIN.WARMUP_EPOCHS", "20"):
+        assert part in message
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_zip_is_for_imagenet(write, dataset):
+    path = write(run=f"DATA: {{DATASET: {dataset}}}")
+    zipped = [("DATA.ZIP_MODE", True, "--zip")]
+    if dataset.startswith("imagenet"):
+        assert load_config(path, overrides=zipped)[0].DATA.ZIP_MODE
+    else:
+        message = refused(path, overrides=zipped)
+        assert message.startswith("--zip: DATA.ZIP_MODE")
+        assert dataset in message
+
+
+# The command line
+
+LAYERS = ["first base", "second base", "yaml", "opts", "flag"]
+
+
+@pytest.mark.parametrize("highest", range(-1, len(LAYERS)))
+def test_precedence(write, highest):
+    """Each layer sets the batch size to twice its place in the order; those above `highest` do not."""
+    text = [f"DATA: {{BATCH_SIZE: {2 * place + 2}}}\n" if place <= highest else "" for place in range(3)]
+    path = write(one=text[0], two=text[1], run="BASE: [one.yaml, two.yaml]\n" + text[2])
+    command = ["--cfg", path]
+    if highest >= LAYERS.index("flag"):
+        command += ["--batch-size", "10"]
+    if highest >= LAYERS.index("opts"):
+        command += ["--opts", "DATA.BATCH_SIZE", "8"]
+    config, notes = get_config(parse(*command))
+    expected = 2 * highest + 2 if highest >= 0 else 128
+    assert leaves(config)["DATA.BATCH_SIZE"] == expected
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        (["--batch-size", "6"], "DATA.BATCH_SIZE", 6),
+        (["--data-path", "somewhere"], "DATA.DATA_PATH", "somewhere"),
+        (["--zip"], "DATA.ZIP_MODE", True),
+        (["--cache-mode", "part"], "DATA.CACHE_MODE", "part"),
+        (["--pretrained", "a.pth"], "MODEL.PRETRAINED", "a.pth"),
+        (["--resume", "b.pth"], "MODEL.RESUME", "b.pth"),
+        (["--accumulation-steps", "3"], "TRAIN.ACCUMULATION_STEPS", 3),
+        (["--use-checkpoint"], "TRAIN.USE_CHECKPOINT", True),
+        (["--amp", "bfloat16"], "AMP", "bfloat16"),
+        (["--amp-opt-level", "O0"], "AMP", "off"),
+        (["--amp-opt-level", "O1"], "AMP", "on"),
+        (["--amp-opt-level", "O2"], "AMP", "on"),
+        (["--amp-opt-level", "O1", "--amp", "float16"], "AMP", "float16"),
+        (["--device", "cpu"], "DEVICE", "cpu"),
+        (["--output", "out"], "OUTPUT", "out"),
+        (["--tag", "trial"], "TAG", "trial"),
+    ],
+)
+def test_flag(write, flag, key, value):
+    path = write(run="")
+    before = leaves(get_default_config())
+    config, notes = get_config(parse("--cfg", path, *flag))
+    assert leaves(config) == {**before, key: value}
+    assert len(notes) == ("--amp-opt-level" in flag)
+    assert all("deprecated" in note for note in notes)
+
+
+def test_flags_not_given_leave_the_yaml_alone(write):
+    path = write(run="DATA: {ZIP_MODE: True}\nTRAIN: {USE_CHECKPOINT: True}\nAMP: bfloat16")
+    config, _ = get_config(parse("--cfg", path))
+    assert (config.DATA.ZIP_MODE, config.TRAIN.USE_CHECKPOINT, config.AMP) == (True, True, "bfloat16")
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=3", "--local-rank=3"])
+def test_local_rank_of_old_launchers(write, spelling):
+    args = parse("--cfg", write(run=""), spelling)
+    assert args.local_rank == 3
+    assert leaves(get_config(args)[0]) == leaves(get_default_config())
+
+
+def test_bad_flag_is_named(write):
+    path = write(run="")
+    with pytest.raises(ConfigError, match=r"--batch-size: DATA\.BATCH_SIZE is 0; accepted: 1 or more"):
+        get_config(parse("--cfg", path, "--batch-size", "0"))
+    with pytest.raises(ConfigError, match=r"--accumulation-steps: TRAIN\.ACCUMULATION_STEPS is -1"):
+        get_config(parse("--cfg", path, "--accumulation-steps", "-1"))
+
+
+# Writing a config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TAG", "5e-4"),
+        ("TAG", "12"),
+        ("TAG", "off"),
+        ("TAG", "null"),
+        ("TAG", "# no comment: 'quoted' \"twice\""),
+        ("TAG", "größer 試"),
+        ("DATA.DATA_PATH", "/data/with spaces/a: b\\c"),
+        ("TRAIN.BASE_LR", 1e-05),
+        ("TRAIN.BASE_LR", 1 / 3),
+        ("TRAIN.OPTIMIZER.EPS", 1e-300),
+        ("MODEL.STRIP_MLP.LAYERS", [1, 2, 3, 4]),
+    ],
+)
+def test_saved_config_loads_as_the_same(write, tmp_path, key, value):
+    config, _ = load_config(write(run=""), overrides=[(key, value, "test")])
+    save_config(config, tmp_path)
+    again, _ = load_config(tmp_path / "config.yaml")
+    assert leaves(again) == leaves(config)
+    assert leaves(again)[key] == value
+
+
+def test_save_config_keeps_a_different_one(write, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for seed in (1, 1, 2, 2, 3):
+        save_config(load_config(write(run=f"SEED: {seed}"))[0], folder)
+    found = {path.name: load_config(path)[0].SEED for path in folder.iterdir()}
+    assert found == {"config_old1.yaml": 1, "config_old2.yaml": 2, "config.yaml": 3}
+
+
+# Errors at the entry points
+
+
+def test_error_is_one_message_and_an_exit_status(capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def fail(error):
+        raise error
+
+    for error, status in ((UserError("the path x"), 1), (ConfigError("the path x"), 2)):
+        with pytest.raises(SystemExit) as leaving:
+            run_entry_point(lambda error=error: fail(error))
+        assert leaving.value.code == status
+        assert capsys.readouterr() == ("", "error: the path x\n")
+
+
+def test_error_of_one_rank_names_it(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+
+    def main():
+        raise UserError("the path x")
+
+    with pytest.raises(SystemExit):
+        run_entry_point(main)
+    assert capsys.readouterr().err == "[rank 1] error: the path x\n"
+
+
+def test_other_exceptions_keep_their_traceback():
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_entry_point(main)
+
+
+# The model of a config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_of_a_released_file(variant):
+    path = CONFIGS / f"smlp_{variant}_alpha3_patch4_224_imagenet1k.yaml"
+    config, _ = load_config(path, ["MODEL.NUM_CLASSES", "1000"])
+    with torch.device("meta"):
+        model = build_model(config)
+    assert isinstance(model, StripMLP)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(VARIANTS[variant][3], abs=0.051)
+    assert not model.grad_checkpointing
+
+
+def test_model_takes_every_key(write):
+    path = write(
+        run="""
+        DATA: {IMG_SIZE: 64}
+        MODEL:
+          NUM_CLASSES: 7
+          DROP_PATH_RATE: 0.25
+          STRIP_MLP: {PATCH_SIZE: 2, EMBED_DIM: 16, LAYERS: [1, 2, 1, 1], PATCH_CHANNELS: 8, STRIP_WIDTH: 5, ALPHA: 1.5}
+        TRAIN: {USE_CHECKPOINT: True}
+        """
+    )
+    model = build_model(load_config(path)[0])
+    assert model.img_size == (64, 64)
+    assert model.patch_embed.kernel_size == (2, 2)
+    assert model.patch_embed.in_channels == 3
+    assert [len(stage) for stage in model.stages] == [1, 2, 1, 1]
+    block = model.stages[0][0]
+    assert block.token_mixing.cgsmm.strip_h.weight.shape == (1, 32, 32, 5)  # q = C' = 8: one patch
+    assert block.channel_mixing.mlp.fc1.out_features == 24
+    assert block.drop_path.drop_prob == 0.25
+    assert model.get_classifier().out_features == 7
+    assert model.grad_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:vgg11 has no stochastic depth")
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "vgg11"])
+def test_any_timm_model(write, name, drop_path_rate):
+    keys = f"TYPE: timm, NAME: {name}, NUM_CLASSES: 5, DROP_PATH_RATE: {drop_path_rate}"
+    path = write(run=f"DATA: {{IMG_SIZE: 64}}\nMODEL: {{{keys}}}")
+    # VGG for its size; older timm cannot build the others there.
+    with torch.device("meta" if name == "vgg11" else "cpu"):
+        model = build_model(load_config(path)[0])
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_drop_path_rate_of_a_timm_model(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: resnet18, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
+    with torch.device("meta"):
+        model = build_model(load_config(path)[0])
+    assert model.layer4[-1].drop_path.drop_prob == pytest.approx(0.3)
+
+
+def test_timm_model_without_stochastic_depth_says_so(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: vgg11, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
+    with torch.device("meta"), pytest.warns(UserWarning, match=r"vgg11.*MODEL\.DROP_PATH_RATE"):
+        build_model(load_config(path)[0])
+
+
+def test_timm_model_without_activation_checkpointing_says_so(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: vgg11, DROP_PATH_RATE: 0.0}\nTRAIN: {USE_CHECKPOINT: True}")
+    with torch.device("meta"), pytest.raises(ValueError, match="vgg11"):
+        build_model(load_config(path)[0])
+
+
+def test_unknown_timm_model(write):
+    path = write(run="MODEL: {TYPE: timm, NAME: resnet5O}")
+    with pytest.raises(ValueError, match=r"MODEL\.NAME is 'resnet5O'.*resnet50"):
+        build_model(load_config(path)[0])

@@ -1,0 +1,1058 @@
+"""One epoch of training, evaluation, throughput; mixed precision; this process's place in the world."""
+
+import contextlib
+import copy
+import itertools
+import logging
+import math
+import random
+import re
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from config import get_default_config
+from data import build_batch_transform, build_mixup, build_normalize, build_train_loader
+from data.dataset import Sample
+from data.sources import ArraySource
+from engine import epoch as engine
+from engine import finite
+from engine.epoch import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from engine.finite import NonFiniteError, build_scaler
+from engine.state import Progress, TrainingState
+from models import StripMLP, prepare_model
+from optimizer import build_optimizer
+from runtime import distributed
+from runtime.distributed import TIMEOUT, World, close_world, init_world
+from runtime.signals import Stopped
+from utils import UserError, seed_all
+
+LR = 0.1
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def config_with(**values):
+    """Plain SGD at full precision and batches of 4, but for what is given; `A__B` stands for A.B."""
+    plain = {
+        "DATA__BATCH_SIZE": 4,
+        "DATA__IMG_SIZE": 32,
+        "DATA__NUM_WORKERS": 0,
+        "MODEL__LABEL_SMOOTHING": 0.0,
+        "TRAIN__OPTIMIZER__NAME": "sgd",
+        "TRAIN__OPTIMIZER__MOMENTUM": 0.0,
+        "TRAIN__WEIGHT_DECAY": 0.0,
+        "TRAIN__CLIP_GRAD": 0.0,
+        "AMP": "off",
+        "DATA__MAX_UNREADABLE": 1.0,
+        "AUG__REPROB": 0.0,
+    }
+    config = get_default_config()
+    for key, value in {**plain, **values}.items():
+        config.merge_from_list([key.replace("__", "."), value])
+    return config
+
+
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, rank, size, CPU)
+
+
+ALONE = world()
+
+
+class Loader(list):
+    """Batches in memory with what the engine asks of a loader."""
+
+    def __init__(self, batches=()):
+        super().__init__(batches)
+        self.epochs = []
+        self.sampler = SimpleNamespace(set_epoch=lambda epoch, start: self.epochs.append((epoch, start)))
+        self.dataset = Data(sum(len(batch.index) for batch in self))
+
+    def __iter__(self):
+        """From where the sampler was told to begin."""
+        start = self.epochs[-1][1] if self.epochs else 0
+        return itertools.islice(super().__iter__(), start // len(self[0].index) if self else 0, None)
+
+
+class Data:
+    source = SimpleNamespace(name=lambda index: f"file {index}")
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def __len__(self) -> int:
+        return self.images
+
+
+def batches(images, targets, size: int = 4, readable=None) -> Loader:
+    readable = torch.ones(len(images), dtype=torch.bool) if readable is None else torch.as_tensor(readable)
+    parts = (part.split(size) for part in (images, torch.as_tensor(targets), torch.arange(len(images)), readable))
+    return Loader(Sample(*part) for part in zip(*parts, strict=True))
+
+
+def noise(count: int, features: int = 6, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, features, generator=generator)
+    return images, torch.randint(classes, (count,), generator=generator)
+
+
+def linear(features: int = 6, classes: int = 3) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(features, classes)
+
+
+class Schedule:
+    """A rate of its own for each step, and the steps it was asked for."""
+
+    def __init__(self, optimizer, rate=lambda step: LR):
+        self.optimizer, self.rate, self.steps = optimizer, rate, []
+
+    def step_update(self, step: int) -> None:
+        self.steps.append(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+
+
+class Log(logging.Logger):
+    def __init__(self):
+        super().__init__("test")
+        self.messages = []
+
+    def handle(self, record):
+        self.messages.append((record.levelname, record.getMessage()))
+
+    def of(self, level: str) -> list[str]:
+        return [message for found, message in self.messages if found == level]
+
+
+def training_state(config, model, epoch=0, scaler=None, optimizer=None, progress=None) -> TrainingState:
+    amp = resolve_amp(config, CPU)
+    scaler = scaler or build_scaler(amp, CPU)
+    progress = progress or Progress()
+    return TrainingState(
+        model, optimizer or build_optimizer(config, model, LR), scaler, amp, epoch=epoch, progress=progress
+    )
+
+
+def train(
+    config,
+    model,
+    loader,
+    *,
+    mixup=None,
+    world=ALONE,
+    rate=lambda step: LR,
+    log=None,
+    control=None,
+    state=None,
+    **kwargs,
+):
+    """Trains one epoch; gives its metrics and the schedule."""
+    state = state or training_state(config, model, **kwargs)
+    schedule = Schedule(state.optimizer, rate)
+    log = Log() if log is None else log
+    metrics = train_one_epoch(config, state, model, loader, schedule, mixup, world, log, control or Control())
+    return metrics, schedule
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulation", "expected"), [(8, 1, 8), (8, 2, 4), (8, 3, 3), (8, 8, 1), (8, 9, 1), (9, 4, 3)]
+)
+def test_steps_per_epoch(batches, accumulation, expected):
+    assert steps_per_epoch([None] * batches, accumulation) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulation_equals_a_larger_batch(optimizer):
+    """Through the real loader, with augmentation, which depends on seed, epoch and index alone."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), dtype=np.uint8)
+    source = ArraySource(images, [i % 3 for i in range(32)], "abc", "noise")
+    found = []
+    for batch, accumulation in ((16, 1), (8, 2), (4, 4), (2, 8)):
+        config = config_with(
+            DATA__BATCH_SIZE=batch,
+            TRAIN__ACCUMULATION_STEPS=accumulation,
+            TRAIN__OPTIMIZER__NAME=optimizer,
+            TRAIN__WEIGHT_DECAY=0.05,
+            TRAIN__CLIP_GRAD=0.5,
+            MODEL__LABEL_SMOOTHING=0.1,
+        )
+        model = nn.Sequential(nn.Flatten(), linear(3 * 32 * 32))
+        before = weights(model)
+        loader = build_train_loader(config, source, ALONE)
+        metrics, schedule = train(config, model, loader, epoch=2, rate=lambda step: 0.01)
+        assert schedule.steps == [4, 5, 5]  # the last once more, for the metrics
+        found.append((weights(model) - before, metrics["train_loss"]))
+    for change, loss in found[1:]:
+        torch.testing.assert_close(change, found[0][0], rtol=1e-3, atol=1e-6)
+        assert loss == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_shorter_last_group_and_rate_of_each_step():
+    """Batches of 4 in groups of 4, 4 and 2: steps of 16, 16 and 8 images, each at its own rate."""
+    images, targets = noise(40)
+    model, reference = linear(), linear()
+
+    def rate(step):
+        return 0.1 / (1 + step)
+
+    config = config_with(TRAIN__ACCUMULATION_STEPS=4)
+    metrics, schedule = train(config, model, batches(images, targets), epoch=5, rate=rate)
+    assert schedule.steps == [15, 16, 17, 17]
+    losses = []
+    for step, group in zip(schedule.steps[:3], (slice(0, 16), slice(16, 32), slice(32, 40)), strict=True):
+        losses += [
+            F.cross_entropy(reference(i), t).item()
+            for i, t in zip(images[group].split(4), targets[group].split(4), strict=True)
+        ]
+        gradients = torch.autograd.grad(
+            F.cross_entropy(reference(images[group]), targets[group]), list(reference.parameters())
+        )
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter -= rate(step) * gradient
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-5, atol=1e-6)
+    assert metrics["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert metrics["lr"] == rate(17)
+
+
+def test_processes_wait_for_each_other_once_per_step(monkeypatch):
+    """DistributedDataParallel's no_sync in all passes but the last of each step."""
+    events = []
+
+    class Wrapped(nn.Linear):
+        @contextlib.contextmanager
+        def no_sync(self):
+            events.append("no_sync")
+            yield
+
+        def forward(self, x):
+            events.append("forward")
+            return super().forward(x)
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.mul_(2))
+    metrics, _ = train(config_with(TRAIN__ACCUMULATION_STEPS=3), Wrapped(6, 3), batches(*noise(20)), world=world(0, 2))
+    assert events == ["no_sync", "forward", "no_sync", "forward", "forward", "no_sync", "forward", "forward"]
+    assert math.isfinite(metrics["train_loss"])
+
+
+# What an epoch does to the gradients
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    images, targets = noise(4)
+    steps = []
+    for clip in (0.0, 0.01):
+        model = linear()
+        before = weights(model)
+        train(config_with(TRAIN__CLIP_GRAD=clip), model, batches(100 * images, targets))
+        steps.append(weights(model) - before)
+    assert steps[0].norm() > 0.1
+    assert steps[1].norm().item() == pytest.approx(LR * 0.01, rel=1e-3)
+    torch.testing.assert_close(steps[1] / steps[1].norm(), steps[0] / steps[0].norm(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_float16_scaling_does_not_change_the_step(clip):
+    images, targets = noise(8)
+    found = []
+    for amp in ("off", "float16"):
+        model = linear()
+        before = weights(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=amp == "float16")
+        config = config_with(AMP=amp, TRAIN__CLIP_GRAD=clip, TRAIN__ACCUMULATION_STEPS=2)
+        train(config, model, batches(images, targets), scaler=scaler)
+        found.append(weights(model) - before)
+    torch.testing.assert_close(found[1], found[0], rtol=0.01, atol=0.01 * found[0].abs().max().item())
+
+
+def test_float16_step_that_overflows_is_skipped():
+    images, targets = noise(8)
+    model = linear()
+    before = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    train(config_with(AMP="float16", TRAIN__CLIP_GRAD=1.0), model, batches(100 * images, targets), scaler=scaler)
+    assert torch.equal(weights(model), before)
+    assert scaler.get_scale() == 2.0**14  # halved in both steps
+
+
+@pytest.mark.parametrize(
+    ("amp", "expected"), [("off", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_precision_of_the_model(amp, expected):
+    found = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            found.append((y := super().forward(x)).dtype)
+            return y
+
+    config = config_with(AMP=amp)
+    model, data = Model(6, 3), batches(*noise(8))
+    train(config, model, data)
+    evaluate(config, model, data, ALONE, Log())
+    assert found == [expected] * 4
+    assert model.weight.dtype == torch.float32
+
+
+# The loss
+
+
+def test_label_smoothing_without_mixup():
+    images, targets = noise(4)
+    model = linear()
+    expected = F.cross_entropy(model(images), targets, label_smoothing=0.3).item()
+    metrics, _ = train(config_with(MODEL__LABEL_SMOOTHING=0.3), model, batches(images, targets))
+    assert metrics["train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_mixup_gives_soft_targets_that_are_not_smoothed_again():
+    config = config_with(MODEL__LABEL_SMOOTHING=0.3, SEED=7)
+    model = nn.Sequential(nn.Flatten(), linear(3 * 8 * 8))
+    images, targets = noise(12, 3 * 8 * 8)
+    data = batches(images.view(12, 3, 8, 8), targets)
+    expected = []
+    for i, batch in enumerate(data):
+        seed_all(7, 4, i, 1)
+        mixed, soft = build_mixup(config, 3)(batch.image.clone(), batch.target)
+        expected.append(F.cross_entropy(model(mixed), soft).item())
+    metrics, _ = train(
+        config, model, data, mixup=build_mixup(config, 3), epoch=4, world=world(rank=1), rate=lambda step: 0.0
+    )
+    assert metrics["train_loss"] == pytest.approx(np.mean(expected), rel=1e-6)
+
+
+def test_images_of_a_batch_are_normalised_erased_and_mixed_by_position():
+    """What the model is given, from a real loader, depends on (seed, epoch, batch, rank)."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    source = ArraySource(images, [i % 3 for i in range(12)], "abc", "noise")
+    config = config_with(SEED=7, AUG__REPROB=0.5, AUG__REMODE="pixel", AUG__RECOUNT=2, TRAIN__ACCUMULATION_STEPS=2)
+    mixup = build_mixup(config, 3)
+    found = []
+
+    class Model(nn.Sequential):
+        def forward(self, x):
+            found.append(x.clone())
+            return super().forward(x)
+
+    loader = build_train_loader(config, source, ALONE)
+    for _ in range(2):
+        train(config, Model(nn.Flatten(), linear(3 * 32 * 32)), loader, mixup=mixup, epoch=4, world=world(rank=1))
+    transform = build_batch_transform(config, mixup, CPU)
+    loader.sampler.set_epoch(4)
+    expected = []
+    for i, batch in enumerate(loader):
+        assert batch.image.dtype == torch.uint8
+        seed_all(7, 4, i, 1)
+        expected.append(transform(batch.image, batch.target)[0])
+    assert len(found) == 6
+    for image, other in zip(found, 2 * expected, strict=True):
+        assert torch.equal(image, other)
+
+
+# Losses and gradients that are not finite
+
+
+class Fragile(nn.Sequential):
+    """With running statistics, which an image that is not finite spoils."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(6), linear())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_step_with_a_loss_that_is_not_finite_leaves_no_trace(bad, accumulation, optimizer):
+    """Weights, moments, statistics and mean loss are those of an epoch without it."""
+    images, targets = noise(40)
+    values = {"TRAIN__ACCUMULATION_STEPS": accumulation, "TRAIN__OPTIMIZER__NAME": optimizer}
+    config = config_with(**values, TRAIN__CLIP_GRAD=1.0)
+    good = [i for i in range(40) if i // (4 * accumulation) != 2]
+    found = []
+    for data in (torch.where(torch.arange(40)[:, None] == 8 * accumulation + 1, bad, images), images[good]):
+        model = Fragile()
+        state = training_state(config, model)
+        log = Log()
+        some_targets = targets if len(data) == 40 else targets[good]
+        metrics, _ = train(config, model, batches(data, some_targets), state=state, log=log)
+        found.append((model.state_dict(), str(state.optimizer.state_dict()["state"]), metrics["train_loss"]))
+        if len(data) == 40:
+            assert metrics["skipped_steps"] == 1
+            ids = " ".join(str(8 * accumulation + i) for i in range(4 * accumulation))
+            (line,) = log.of("WARNING")
+            assert line.startswith("epoch 1 step 3 skipped: loss nan, gradient norm nan, lr 1.000e-01, float32")
+            assert line.endswith(f"samples of the batch: {ids}")
+    for name, value in found[0][0].items():
+        assert torch.equal(value, found[1][0][name]), name
+    assert found[0][1:] == found[1][1:]
+
+
+@pytest.mark.parametrize(("bad_steps", "most"), [([2], 0), ([1, 2, 3], 2), ([1, 2, 4, 5, 6], 2)])
+def test_too_many_steps_in_a_row_that_are_not_finite(bad_steps, most):
+    images, targets = noise(40)
+    for step in bad_steps:
+        images[4 * step + 1] = float("nan")
+    model = linear()
+    state = training_state(config_with(), model, epoch=6)
+    config = config_with(PRINT_FREQ=5, TRAIN__MAX_SKIPPED_STEPS=most)
+    with pytest.raises(NonFiniteError) as error:
+        train(config, model, batches(images, targets), rate=lambda step: 0.125, state=state)
+    last = bad_steps[-1]
+    ids = " ".join(str(4 * last + i) for i in range(4))
+    for part in (f"epoch 7 step {last + 1}: loss nan", "lr 1.250e-01", "float32", "MAX_SKIPPED_STEPS", ids):
+        assert part in str(error.value)
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize(("bad_steps", "most"), [([2], 1), ([1, 2, 4, 5], 2)])
+def test_so_many_steps_may_be_skipped(bad_steps, most):
+    images, targets = noise(40)
+    for step in bad_steps:
+        images[4 * step + 1] = float("nan")
+    state = training_state(config_with(), linear())
+    config = config_with(TRAIN__MAX_SKIPPED_STEPS=most)
+    metrics, _ = train(config, state.model, batches(images, targets), state=state)
+    assert metrics["skipped_steps"] == len(bad_steps)
+    assert math.isfinite(metrics["train_loss"])
+    assert state.progress.skipped_in_row == 0
+
+
+def test_steps_in_a_row_are_counted_over_epochs_and_restarts():
+    images, targets = noise(8)
+    images[:] = float("nan")
+    state = training_state(config_with(), linear(), progress=Progress(skipped_in_row=3))
+    with pytest.raises(NonFiniteError, match="it is step 5 in a row"):
+        train(config_with(TRAIN__MAX_SKIPPED_STEPS=4), state.model, batches(images, targets), state=state)
+
+
+def test_loss_without_a_gradient_of_its_own():
+    """A constant that is not finite: the gradient would be, had it not been told."""
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + (float("inf") if x.isinf().any() else 0.0)
+
+    images, targets = noise(24)
+    model = Model(6, 3)
+    config = config_with()
+    infinite = images.clone()
+    infinite[9] = float("inf")
+    metrics, _ = train(config, model, batches(infinite, targets))
+    assert metrics["skipped_steps"] == 1
+    assert weights(model).isfinite().all()
+
+
+def test_gradient_that_is_not_finite_where_the_loss_is():
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + (self.weight.sum() * 0).abs().sqrt()  # 0, with a gradient of 0 * inf
+
+    images, targets = noise(4)
+    model = Model(6, 3)
+    before = weights(model)
+    log = Log()
+    metrics, _ = train(config_with(), model, batches(images, targets), log=log)
+    assert metrics["skipped_steps"] == 1
+    assert torch.equal(weights(model), before)
+    assert "gradient norm nan" in log.of("WARNING")[0]
+    assert "samples" not in log.of("WARNING")[0]  # no sample is to blame
+
+
+def test_only_so_many_skipped_steps_are_named():
+    images, targets = noise(200)
+    images[::8] = float("nan")  # each other batch
+    log = Log()
+    metrics, _ = train(config_with(), linear(), batches(images, targets), log=log)
+    assert metrics["skipped_steps"] == 25
+    assert len(log.of("WARNING")) == finite.MOST_NAMED_STEPS
+    assert "only counted" in log.of("WARNING")[-1]
+
+
+def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):
+    """As on CUDA: the weights are as good, the message comes later."""
+    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
+    images, targets = noise(40)
+    images[8:20] = float("nan")  # steps 3 to 5
+    for most, logged in ((3, 3), (2, 0)):
+        model, log = Fragile(), Log()
+        config = config_with(PRINT_FREQ=4, TRAIN__MAX_SKIPPED_STEPS=most)
+        stop = pytest.raises(NonFiniteError, match="epoch 1 step 5: ") if most == 2 else contextlib.nullcontext()
+        with stop:
+            train(config, model, batches(images, targets), log=log)
+        assert len(log.of("INFO")) == logged or most == 2
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_finite_gradients_whose_norm_overflows(clip):
+    """The norm decides: the step is skipped if it is said to be."""
+    images, targets = noise(8)
+    images[4:] = 1e25
+    state = training_state(config_with(TRAIN__OPTIMIZER__NAME="adamw"), linear())
+    config = config_with(TRAIN__OPTIMIZER__NAME="adamw", TRAIN__CLIP_GRAD=clip)
+    model = state.model
+    metrics, _ = train(config, model, batches(images, targets), state=state)
+    assert metrics["skipped_steps"] == 1
+    (moments,) = {float(values["step"]) for values in state.optimizer.state.values()}
+    assert moments == 1
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_momentum_after_a_first_step_that_was_skipped(fused):
+    images, targets = noise(12)
+    infinite = torch.cat([images[:4] * float("inf"), images[4:]])
+    found = []
+    for data, some in ((infinite, targets), (images[4:], targets[4:])):
+        config = config_with(TRAIN__OPTIMIZER__MOMENTUM=0.9, TRAIN__OPTIMIZER__FUSED=fused)
+        model = linear()
+        optimizer = build_optimizer(config, model, LR)
+        assert {group["fused"] for group in optimizer.param_groups} == {fused or None}
+        train(config, model, batches(data, some), optimizer=optimizer)
+        found.append(weights(model))
+    torch.testing.assert_close(found[0], found[1])
+
+
+# A compiled model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_prepared_model(compiled, channels_last):
+    """Under the compiler and in the memory format of the config, with the names that checkpoints have; and so are the
+    images that it is fed."""
+    config = config_with(TRAIN__COMPILE=compiled, TRAIN__CHANNELS_LAST=channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    names = list(model.state_dict())
+    prepare_model(config, model, CPU)
+    assert (model._compiled_call_impl is not None) is compiled
+    assert list(model.state_dict()) == names
+    images = build_normalize(config, CPU)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    for tensor in model[0].weight, images:
+        assert tensor.is_contiguous(memory_format=torch.channels_last) is channels_last
+
+
+def test_compiled_once_for_training_and_once_for_evaluation():
+    """Not again in later epochs, nor for the last batch of an evaluation, which is smaller; nor are there graph breaks,
+    each of which would add a graph. What comes out is what the model gives without the compiler."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (10, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(3, (10,), generator=generator)
+    shape = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_classes": 3, "drop_path_rate": 0.0}
+    results = {}
+    for compiled in False, True:
+        config = config_with(TRAIN__COMPILE=compiled)
+        torch.manual_seed(0)
+        model = StripMLP(**shape)
+        graphs = CompileCounterWithBackend("aot_eager")
+        if compiled:
+            torch._dynamo.reset()
+            model.compile(backend=graphs, fullgraph=True)
+        found, counts = [], []
+        for _ in range(2):
+            found.append(
+                train(config, model, batches(images[:8], targets[:8]), rate=lambda step: 1e-3)[0]["train_loss"]
+            )
+            found.append(evaluate(config, model, batches(images, targets), ALONE, Log())["val_loss"])
+            counts.append(graphs.frame_count)
+        results[compiled] = found
+        assert counts == ([2, 2] if compiled else [0, 0])
+    assert results[True] == pytest.approx(results[False], rel=1e-4)
+
+
+# Where an epoch may be left, and gone on with
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("why", ["stop", "failure", "save"])
+def test_an_epoch_in_two_parts_equals_one(why, accumulation):
+    """By a signal, a loader that fails inside a step, and a checkpoint that training goes on after."""
+    images, targets = noise(40)
+    config = config_with(TRAIN__ACCUMULATION_STEPS=accumulation, TRAIN__OPTIMIZER__NAME="adamw", AMP="bfloat16")
+    data = batches(images, targets, readable=[i % 7 != 0 for i in range(40)])
+    whole = training_state(config, Fragile(), epoch=3)
+    expected, _ = train(config, whole.model, data, state=whole)
+
+    class Failing(Loader):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == 7 and self.epochs:
+                    raise OSError("gone")
+                yield batch
+
+    state = training_state(config, Fragile(), epoch=3)
+    control, first, saved = Control(), data, []
+    if why == "failure":
+        first = Failing(data)
+        with pytest.raises(LoadingFailed, match="gone"):
+            train(config, state.model, first, state=state, control=control)
+        assert state.progress.step == 7 // accumulation
+    elif why == "stop":
+        control.watchdog.at = lambda *position, doing: setattr(
+            control.request, "signal", "SIGTERM" if position[2] >= 6 else None
+        )
+        with pytest.raises(Stopped):
+            train(config, state.model, data, state=state, control=control)
+        assert state.progress.step == 6 // accumulation
+    else:
+        control.save_due = lambda step: step == 2
+        control.save = lambda: saved.append(
+            copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict(), state.progress))
+        )
+        train(config, state.model, data, state=state, control=control)
+        (content,) = saved
+        state.model.load_state_dict(content[0])
+        state.optimizer.load_state_dict(content[1])
+        state.progress = content[2]
+        assert state.progress.step == 2
+    found, schedule = train(config, state.model, data, state=state)
+    assert len(schedule.steps) < 10
+    for key in ("train_loss", "lr", "skipped_steps", "unreadable_train"):
+        assert found[key] == expected[key]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+    assert str(whole.optimizer.state_dict()) == str(state.optimizer.state_dict())
+
+
+def test_too_many_unreadable_images():
+    images, targets = noise(40)
+    readable = [i not in (1, 9, 17, 25) for i in range(40)]
+    state = training_state(config_with(), linear())
+    config = config_with(DATA__MAX_UNREADABLE=0.05)
+    with pytest.raises(LoadingFailed, match=r"3 of 40 images cannot be read .* DATA\.MAX_UNREADABLE 0\.05"):
+        train(config, state.model, batches(images, targets, readable=readable), state=state)
+    assert state.progress.step == 5  # before the sixth batch all know of the third
+    for fraction in (0.05, 0.1):
+        config = config_with(DATA__MAX_UNREADABLE=fraction)
+        with pytest.raises(LoadingFailed) if fraction < 0.1 else contextlib.nullcontext():
+            evaluate(config, linear(), batches(images, targets, readable=readable), ALONE, Log())
+
+
+# Randomness and bookkeeping
+
+
+def test_draws_depend_on_seed_epoch_batch_and_rank():
+    def draws(**arguments):
+        found = []
+
+        class Model(nn.Linear):
+            def forward(self, x):
+                found.append((torch.rand(1).item(), random.random(), float(np.random.rand())))
+                return super().forward(x)
+
+        seed = arguments.pop("seed", 3)
+        torch.rand(random.randrange(9))  # whatever was drawn before
+        train(config_with(SEED=seed), Model(6, 3), batches(*noise(12)), **arguments)
+        return found
+
+    first = draws()
+    assert len({torch_draw for torch_draw, *_ in first}) == 3
+    assert draws() == first
+    for other in (draws(epoch=1), draws(world=world(rank=1)), draws(seed=4)):
+        for a, b in zip(first, other, strict=True):
+            assert not set(a) & set(b)
+
+
+def test_metrics_and_modes():
+    loader = batches(*noise(12), readable=[True] * 9 + [False] * 3)
+    model = nn.Sequential(nn.BatchNorm1d(6), linear()).eval()
+    log = Log()
+    metrics, _ = train(config_with(), model, loader, epoch=3, log=log)
+    assert loader.epochs == [(3, 0)]
+    assert model.training
+    assert model[0].num_batches_tracked == 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert metrics["unreadable_train"] == 3
+    assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"])
+    assert 0 <= metrics["data_wait"] < 1
+    assert 10 < metrics["memory_mb"] < 1e6
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (9, 10, 11)]
+
+
+@pytest.mark.parametrize(("load", "step"), [(0.02, 0.0), (0.0, 0.02), (0.02, 0.02)])
+def test_share_of_the_time_that_is_spent_waiting_for_data(load, step):
+    """Of a loader and a model that take so many seconds per batch."""
+
+    class Slow(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(load)
+                yield batch
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            time.sleep(step)
+            return super().forward(x)
+
+    metrics, _ = train(config_with(), Model(6, 3), Slow(batches(*noise(40))))
+    assert metrics["data_wait"] == pytest.approx(load / (load + step), abs=0.3)
+    assert 0 <= metrics["data_wait"] <= 1
+    assert metrics["data_wait"] * metrics["seconds"] >= 10 * load
+
+
+@pytest.mark.parametrize(("accumulation", "expected"), [(1, [4, 8, 10]), (3, [4])])
+def test_log_lines(accumulation, expected):
+    log = Log()
+    config = config_with(PRINT_FREQ=4, TRAIN__ACCUMULATION_STEPS=accumulation, TRAIN__EPOCHS=9)
+    train(config, linear(), batches(*noise(40)), epoch=1, log=log)
+    lines = log.of("INFO")
+    steps = math.ceil(10 / accumulation)
+    assert [int(re.search(rf"epoch 2/9 step (\d+)/{steps} ", line)[1]) for line in lines] == expected
+    for line in lines:
+        for part in (" eta 0:00:", " lr 1.000e-01 ", " loss ", " grad_norm ", " images/s", " MB"):
+            assert part in line
+
+
+def test_only_so_many_unreadable_files_are_named():
+    log = Log()
+    metrics, _ = train(config_with(), linear(), batches(*noise(40), readable=[False] * 40), log=log)
+    assert metrics["unreadable_train"] == 40
+    assert len(log.of("WARNING")) == engine.MOST_NAMED_FILES
+    assert "only counted" in log.of("WARNING")[-1]
+
+
+# Waiting for the device
+
+WAITING = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Counts what would wait for a CUDA device, by the number of forward passes before it."""
+    counts, passes = {}, itertools.count(1)
+
+    def noted(method):
+        def call(tensor, *args, **kwargs):
+            counts[waits.passes] = counts.get(waits.passes, 0) + 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            waits.passes = next(passes)
+            return super().forward(x)
+
+    waits = SimpleNamespace(counts=counts, passes=0, model=Model(6, 3))
+    for name in WAITING:
+        monkeypatch.setattr(torch.Tensor, name, noted(getattr(torch.Tensor, name)))
+    return waits
+
+
+def test_training_waits_for_the_device_at_log_lines_only(waits, monkeypatch):
+    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
+    data = batches(*noise(40))
+    for i, batch in enumerate(data):
+        # Flags of the loader stay on the CPU: as arrays, they are not counted.
+        data[i] = batch._replace(readable=batch.readable.numpy())
+    waits.counts.clear()
+    config = config_with(PRINT_FREQ=4, TRAIN__CLIP_GRAD=1.0)
+    # Fused, as on CUDA: others ask on the host whether a gradient is finite.
+    optimizer = torch.optim.SGD(waits.model.parameters(), lr=LR, fused=True)
+    train(config, waits.model, data, optimizer=optimizer)
+    assert set(waits.counts) == {4, 8, 10}
+
+
+def test_evaluation_waits_for_the_device_at_the_end_only(waits):
+    class Flags(torch.Tensor):
+        """Flags of the loader, whose use on the CPU is not counted."""
+
+        def all(self):
+            return True
+
+    data = batches(*noise(40))
+    for i, batch in enumerate(data):
+        data[i] = batch._replace(readable=batch.readable.as_subclass(Flags))
+    evaluate(config_with(), waits.model, data, ALONE, Log())
+    assert set(waits.counts) == {10}
+
+
+# Evaluation
+
+
+def by_hand(logits: torch.Tensor, targets, readable) -> dict[str, float]:
+    top1 = top5 = loss = 0
+    for row, target, good in zip(logits.tolist(), targets, readable, strict=True):
+        if not good:
+            continue
+        loss += math.log(sum(math.exp(x) for x in row)) - row[target]
+        order = sorted(range(len(row)), key=lambda c: -row[c])
+        top1 += order[0] == target
+        top5 += target in order[:5]
+    n = len(logits)
+    return {"top1": 100 * top1 / n, "top5": 100 * top5 / n, "val_loss": loss / sum(readable), "images": n}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 9])
+@pytest.mark.parametrize("size", [1, 4, 11])
+def test_evaluation_by_hand(size, classes):
+    """11 images in batches of `size`, the last with the remainder; images are their own logits."""
+    logits, targets = noise(11, features=classes, classes=classes)
+    readable = [i not in (2, 10) for i in range(11)]
+    targets[:4] = logits[:4].argmax(dim=1)  # right, but that 2 is unreadable
+    loader = batches(logits, targets, size, readable)
+    log = Log()
+    found = evaluate(config_with(), nn.Identity(), loader, ALONE, log)
+    expected = by_hand(logits, targets.tolist(), readable)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    assert found["unreadable_val"] == 2
+    assert 0 < found["top1"] < 100
+    assert found["val_images_per_second"] == pytest.approx(11 / found["val_seconds"])
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (2, 10)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_never_correct(bad):
+    logits = torch.eye(6) * 5
+    logits[0, 0] = bad  # at the target
+    logits[1, 4] = bad  # elsewhere
+    logits[2] = bad
+    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6)), ALONE, Log())
+    assert found["top1"] == found["top5"] == 50
+    assert found["images"] == 6
+
+
+def test_loss_of_half_precision_logits_is_computed_in_float32():
+    images, targets = noise(11)
+    model = linear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(images)
+    assert logits.dtype == torch.bfloat16
+    found = evaluate(config_with(AMP="bfloat16"), model, batches(images, targets), ALONE, Log())
+    assert found["val_loss"] == pytest.approx(F.cross_entropy(logits.float(), targets).item(), rel=1e-6)
+
+
+def test_all_images_unreadable():
+    found = evaluate(config_with(), nn.Identity(), batches(torch.eye(6), range(6), readable=[False] * 6), ALONE, Log())
+    assert (found["top1"], found["top5"], found["unreadable_val"]) == (0, 0, 6)
+    assert math.isnan(found["val_loss"])
+
+
+def test_unreadable_image_does_not_spoil_the_loss():
+    logits = torch.eye(6)
+    logits[3] = float("nan")
+    readable = [i != 3 for i in range(6)]
+    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6), readable=readable), ALONE, Log())
+    assert found["val_loss"] == pytest.approx(math.log(math.e + 5) - 1)
+
+
+def test_evaluation_of_several_processes(monkeypatch):
+    """Counts are summed over processes; here the others have had the same images."""
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.mul_(3))
+    logits, targets = noise(11, features=4, classes=4)
+    readable = [i != 2 for i in range(11)]
+    found = evaluate(config_with(), nn.Identity(), batches(logits, targets, 4, readable), world(0, 3), Log())
+    expected = {**by_hand(logits, targets.tolist(), readable), "images": 33, "unreadable_val": 3}
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def test_process_without_images(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.add_(2 * values.is_floating_point()))
+    found = evaluate(config_with(), nn.Identity(), Loader(), world(3, 4), Log())
+    assert (found["top1"], found["images"]) == (100, 2)
+
+
+def test_evaluation_leaves_the_model_in_evaluation_mode_and_unchanged():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.9), linear()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = []
+    model.register_forward_hook(lambda module, args, output: grads.append(output.requires_grad))
+    data = batches(*noise(12))
+    first = evaluate(config_with(), model, data, ALONE, Log())
+    assert not any(module.training for module in model.modules())
+    assert evaluate(config_with(), model, data, ALONE, Log())["val_loss"] == first["val_loss"]
+    assert not any(grads)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+# Throughput
+
+
+@pytest.mark.parametrize(
+    ("seconds", "passes", "expected"),
+    [
+        # A first pass to warm up, 30 that count.
+        ([0.01] + [0.1] * 15 + [0.2] * 15, 31, 8 / 0.2),
+        ([9.0] + [0.1] * 16 + [0.2] * 14, 31, 8 / 0.1),
+        # No more are begun after 20 seconds, but for the first three.
+        ([9.0] + [15.0] * 30, 4, 8 / 15.0),
+        ([0.0] + [4.0] * 30, 7, 8 / 4.0),
+    ],
+)
+def test_throughput_is_of_the_median_pass(monkeypatch, seconds, passes, expected):
+    now, done = 0.0, 0
+
+    class Model(nn.Module):
+        def forward(self, x):
+            nonlocal now, done
+            now += seconds[done]
+            done += 1
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    model = Model().train()
+    assert throughput(config_with(), model, torch.zeros(8, 3), ALONE) == pytest.approx(expected)
+    assert done == passes
+    assert not model.training
+
+
+# Mixed precision by config and device
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "has_bfloat16", "expected"),
+    [
+        ("auto", "cpu", False, None),
+        ("auto", "cuda", True, torch.bfloat16),
+        ("auto", "cuda", False, torch.float16),
+        ("on", "cpu", False, torch.bfloat16),
+        ("on", "cuda", True, torch.bfloat16),
+        ("on", "cuda", False, torch.float16),
+        ("off", "cpu", False, None),
+        ("off", "cuda", True, None),
+        ("bfloat16", "cpu", False, torch.bfloat16),
+        ("bfloat16", "cuda", False, torch.bfloat16),
+        ("float16", "cpu", False, torch.float16),
+        ("float16", "cuda", True, torch.float16),
+    ],
+)
+def test_resolve_amp(monkeypatch, amp, device, has_bfloat16, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bfloat16
+    )
+    assert resolve_amp(config_with(AMP=amp), torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01")])
+def test_clock(seconds, expected):
+    assert engine.clock(seconds) == expected
+
+
+# The world
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets what a launcher puts into the environment, on a machine with some number of GPUs."""
+
+    def launched(gpus=0, **environment):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: devices.append(index))
+        monkeypatch.setattr(distributed.dist, "rendezvous", lambda url, timeout: iter([("store", 0, 1)]))
+        monkeypatch.setattr(distributed, "_agree_on_attempt", lambda *args: "attempt")
+        monkeypatch.setattr(distributed.dist, "PrefixStore", lambda prefix, store: (prefix, store))
+        monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: f"{backend} group")
+        monkeypatch.setattr(
+            distributed.dist, "init_process_group", lambda *args, **kwargs: groups.append((args, kwargs))
+        )
+        return devices, groups
+
+    devices, groups = [], []
+    return launched
+
+
+JOINED = {"store": ("attempt", "store"), "rank": 5, "world_size": 8}
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_world_of_one_process(launched, device):
+    _, groups = launched()
+    found = init_world(device)
+    assert found == World(0, 0, 1, CPU)
+    assert found.is_main
+    assert not found.distributed
+    assert groups == []
+    close_world(found)
+    assert distributed.all_reduce_sum(torch.tensor(3.0), found) == 3
+
+
+def test_world_of_several_processes_on_the_cpu(launched):
+    _, groups = launched(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    found = init_world("auto")
+    assert found == World(5, 1, 8, CPU, None, "attempt")
+    assert not found.is_main
+    assert groups == [(("gloo",), {**JOINED, "timeout": TIMEOUT})]
+
+
+def test_world_of_several_processes_on_gpus(launched):
+    devices, groups = launched(gpus=4, RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4)
+    found = init_world("auto")
+    assert found == World(5, 1, 8, torch.device("cuda", 1), "gloo group", "attempt")
+    assert devices == [1]
+    assert groups == [(("nccl",), {**JOINED, "timeout": TIMEOUT, "device_id": torch.device("cuda", 1)})]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_agree_on_a_name_for_each_start(processes):
+    """In a store that keeps what earlier starts have left, in whatever order they come."""
+    store, names = torch.distributed.HashStore(), []
+    for start in range(3):
+        found, order = {}, list(range(processes))
+        random.Random(start).shuffle(order)
+
+        def join(rank, found=found):
+            found[rank] = distributed._agree_on_attempt(store, rank, processes, timedelta(seconds=30))
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.01)
+        for thread in threads:
+            thread.join()
+        assert len(found) == processes
+        names += set(found.values())
+    assert len(names) == len(set(names)) == 3
+
+
+def test_process_that_does_not_come():
+    with pytest.raises(UserError, match="rank 1 of 3 processes has not come"):
+        distributed._agree_on_attempt(torch.distributed.HashStore(), 0, 3, timedelta(seconds=0.1))
+
+
+@pytest.mark.parametrize(("environment", "expected"), [({}, 2), ({"LOCAL_RANK": 1}, 1)])
+def test_local_rank_as_an_argument(launched, environment, expected):
+    launched(**environment)
+    assert init_world("cpu", local_rank=2).local_rank == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "processes", "parts"),
+    [
+        ("cuda", 0, 1, ["1 process ", "0 CUDA devices", "--device cpu"]),
+        ("cuda", 2, 4, ["4 processes", "2 CUDA devices"]),
+        ("auto", 2, 4, ["4 processes", "2 CUDA devices"]),
+    ],
+)
+def test_more_processes_than_gpus(launched, device, gpus, processes, parts):
+    _, groups = launched(gpus=gpus, RANK=0, LOCAL_RANK=0, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+    with pytest.raises(UserError) as error:
+        init_world(device)
+    for part in parts:
+        assert part in str(error.value)
+    assert groups == []

@@ -1,0 +1,320 @@
+"""What timm's users expect of its models, and its own tests check of them."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
+from timm.optim.optim_factory import param_groups_layer_decay
+from timm.utils import reparameterize_model
+
+import models  # noqa: F401  (registers them)
+from runtime.checkpoint import save_checkpoint
+from tests.helpers import ROOT, environment
+
+STRIP_MLP = ["strip_mlp_tiny_light", "strip_mlp_tiny", "strip_mlp_small", "strip_mlp_base", "strip_mlp_pico"]
+SPARSE_MLP = ["sparse_mlp_tiny", "sparse_mlp_small", "sparse_mlp_base"]
+ALL = STRIP_MLP + SPARSE_MLP
+SMALL = ["strip_mlp_tiny", "sparse_mlp_tiny"]
+SMALLER = {"embed_dim": 8, "depths": (1, 2, 1, 1), "img_size": 64, "num_classes": 5}
+
+
+def small(name: str, **kwargs) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALLER, **kwargs})
+
+
+def images(count: int = 2, chans: int = 3, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
+    return torch.randn(count, chans, *size, generator=torch.Generator().manual_seed(1))
+
+
+def test_all_are_registered():
+    assert set(ALL) == {*timm.list_models("strip_mlp_*"), *timm.list_models("sparse_mlp_*")}
+    for name in ALL:
+        assert timm.get_pretrained_cfg(name).architecture == name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_default_cfg(name):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = torch.empty(1, *model.default_cfg["input_size"])
+    cfg, state = model.default_cfg, model.state_dict()
+    # What it is at the size that the config says.
+    assert cfg["fixed_input_size"] and cfg["input_size"][1:] == model.img_size
+    assert model(x).shape == (1, model.num_classes)
+    assert model.forward_features(x).shape == (1, model.num_features, *cfg["pool_size"])
+    assert f"{cfg['classifier']}.weight" in state and f"{cfg['first_conv']}.weight" in state
+    assert model.get_classifier().out_features == model.num_classes
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (1, model.head_hidden_size)
+    # Without classifier, then without pooling too.
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model(x).shape == (1, model.num_features)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (1, model.num_features, *cfg["pool_size"])
+    with torch.device("meta"):
+        model.reset_classifier(3, "avg")
+    assert model(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_backward(name):
+    model = small(name)
+    model(images(4)).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("chans", [1, 3, 6])
+def test_in_chans_and_no_classes(name, chans):
+    model = small(name, in_chans=chans, num_classes=0).eval()
+    features = model(images(chans=chans))
+    assert features.shape == (2, model.num_features)
+    torch.testing.assert_close(features, model.forward_features(images(chans=chans)).mean(dim=(2, 3)))
+
+
+def stage_outputs(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What the stages really return, by hooks."""
+    outputs: list[torch.Tensor] = []
+    hooks = [stage.register_forward_hook(lambda m, args, output: outputs.append(output)) for stage in model.stages]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (3,), (1,), (0,), (0, 2), (-1,), 2])
+def test_features_only(name, indices):
+    """The maps of the stages with the same weights, from a model that has nothing else."""
+    full = small(name).eval()
+    features = small(name, features_only=True, out_indices=indices).eval()
+    missing, unknown = features.model.load_state_dict(full.state_dict(), strict=False)
+    assert not missing
+    wanted = range(2, 4) if indices == 2 else [index % 4 for index in indices]
+    expected = stage_outputs(full, images())
+    outputs = features(images())
+    assert len(outputs) == len(wanted)
+    for output, stage in zip(outputs, wanted, strict=True):
+        assert output.shape == (2, 8 * 2**stage, 64 // (4 * 2**stage), 64 // (4 * 2**stage))
+        torch.testing.assert_close(output, expected[stage])
+    assert features.feature_info.channels() == [output.shape[1] for output in outputs]
+    assert features.feature_info.reduction() == [4 * 2**stage for stage in wanted]
+    # Nothing of later stages is left, which would have no gradient.
+    assert all(f"stages.{stage}." not in entry for entry in features.state_dict() for stage in range(wanted[-1] + 1, 4))
+    assert {"norm.weight", "head.fc.weight"} <= set(unknown)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("last", range(4))
+def test_pruned_model_has_no_idle_parameters(name, last):
+    features = small(name, features_only=True, out_indices=(last,))
+    features(images(4))[0].square().mean().backward()
+    assert [entry for entry, p in features.named_parameters() if p.grad is None] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_intermediates(name):
+    model, x = small(name).eval(), images()
+    expected, final = stage_outputs(model, x), model.forward_features(x)
+    output, maps = model.forward_intermediates(x)
+    torch.testing.assert_close([*maps, output], [*expected, final])
+    output, maps = model.forward_intermediates(x, indices=[1, 3], norm=True)
+    torch.testing.assert_close([*maps, output], [expected[1], final, final])
+    maps = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    torch.testing.assert_close(maps, [expected[1], expected[3]])
+    output, maps = model.forward_intermediates(x, indices=[0, 1], norm=True, stop_early=True)
+    torch.testing.assert_close([*maps, output], [expected[0], expected[1], expected[1]])
+    output, maps = model.forward_intermediates(x, indices=[0], stop_early=False)
+    torch.testing.assert_close([*maps, output], [expected[0], final])
+    with pytest.raises(ValueError, match="output_fmt is 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_prune_intermediate_layers(name):
+    model, x = small(name).eval(), images()
+    expected, final = stage_outputs(model, x), model.forward_features(x)
+    assert model.prune_intermediate_layers([1, -1], prune_head=False) == [1, 3]
+    assert model(x).shape == (2, 5)  # nothing to remove
+    assert model.prune_intermediate_layers([1, 3]) == [1, 3] and model.num_classes == 0
+    torch.testing.assert_close(model.forward_features(x), final)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1] and len(model.stages) == 2
+    output, maps = model.forward_intermediates(x)
+    torch.testing.assert_close([*maps, output], [*expected[:2], expected[1]])
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_group_matcher(name, coarse):
+    """Every parameter is in a group by name, and the groups are in the order of the forward pass."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    matcher, names = model.group_matcher(coarse), dict(model.named_parameters())
+    # timm puts what no expression matches into a last group of its own.
+    sentinel = {**names, "nothing like it": None}
+    groups = list(group_with_matcher(sentinel.items(), matcher).values())
+    assert groups[-1] == ["nothing like it"]
+    depth = {entry: number for number, group in enumerate(groups) for entry in group}
+    order: list[str] = []
+    for module_name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda m, args, n=module_name: order.append(n))
+    with torch.device("meta"):
+        model.eval()(torch.empty(1, *model.default_cfg["input_size"]))
+    # Shortcuts run ahead of the stages that they lead around.
+    run = [depth[next(e for e in names if e.startswith(f"{n}."))] for n in order if not n.startswith("shortcut")]
+    assert run == sorted(run) and set(depth) == set(sentinel)
+    blocks = sum(len(stage) for stage in model.stages)
+    assert len(groups) - 1 == (6 if coarse else blocks + 2)
+    for shortcut in (n for n in names if n.startswith("shortcut")):
+        assert depth[shortcut] == depth[f"merging.{int(shortcut[len('shortcut_2to')]) - 2}.weight"]
+
+
+def test_layer_decay_of_timm():
+    model = small("strip_mlp_tiny")
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    scale = {name: scales[id(p)] for name, p in model.named_parameters()}
+    last = max(group_parameters(model, model.group_matcher()))
+    assert scale["head.fc.weight"] == 1 and scale["patch_embed.weight"] == 0.5**last == 0.5**6
+    assert scale["stages.1.1.token_mixing.fuse.weight"] == 2 * scale["stages.1.0.token_mixing.fuse.weight"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradient_checkpointing(name):
+    gradients = []
+    for enable in (False, True):
+        model = small(name, drop_path_rate=0.0)
+        model.set_grad_checkpointing(enable)
+        model(images(4)).square().mean().backward()
+        gradients.append({entry: p.grad for entry, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [(32, 96), (96, 64), (32, 32)])
+def test_other_sizes(name, size):
+    model = small(name, img_size=size).eval()
+    assert model(images(size=size)).shape == (2, 5)
+    maps = model.forward_intermediates(images(size=size), intermediates_only=True)
+    assert [m.shape[2:] for m in maps] == [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_trace(name):
+    """TorchScript by tracing, for any number of images. Not by scripting: what GPUs recompute in the backward pass are
+    functions of Python, and PyTorch has deprecated TorchScript in favour of torch.export."""
+    model = small(name).eval()
+    traced = torch.jit.trace(model, images(2))
+    torch.testing.assert_close(traced(images(5)), model(images(5)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SMALL)
+def test_export(name):
+    """torch.export, for any number of images; reparameterized as timm does it, too."""
+    model = small(name).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    for exported in (model, reparameterize_model(model)):
+        program = torch.export.export(exported, (images(2),), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(images(5)), model(images(5)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def trained(request, tmp_path_factory):
+    """A model, and a checkpoint as main.py writes it, of what timm's loader looks at."""
+    model = small(request.param).eval()
+    path = tmp_path_factory.mktemp("timm") / "best.pth"
+    save_checkpoint({"format": 2, "model": model.state_dict(), "epoch": 3, "config": {"TAG": "default"}}, path)
+    return request.param, model, path
+
+
+@torch.no_grad()
+def test_checkpoint_path(trained):
+    name, model, path = trained
+    loaded = small(name, checkpoint_path=str(path)).eval()
+    torch.testing.assert_close(loaded(images()), model(images()))
+
+
+@torch.no_grad()
+def test_moving_average_of_the_checkpoint(trained, tmp_path):
+    """Where there is one, timm loads it."""
+    name, model, _ = trained
+    average = {key: value + 1 for key, value in model.state_dict().items()}
+    save_checkpoint({"model": model.state_dict(), "model_ema": average}, tmp_path / "ema.pth")
+    loaded = timm.create_model(name, **SMALLER, checkpoint_path=str(tmp_path / "ema.pth"))
+    torch.testing.assert_close(loaded.state_dict(), average)
+
+
+@torch.no_grad()
+def test_pretrained_file_of_another_size(trained):
+    """timm's way to weights of one's own as `pretrained`: through checkpoint_filter_fn, so at any size, with other
+    classes and channels."""
+    name, model, path = trained
+    overlay = {"file": str(path), "num_classes": 5}
+    loaded = timm.create_model(
+        name, **{**SMALLER, "img_size": (64, 96)}, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    model_at_that_size = small(name)
+    model_at_that_size.load_state_dict(model.state_dict())
+    model_at_that_size.set_input_size((64, 96))
+    torch.testing.assert_close(loaded.state_dict(), model_at_that_size.state_dict())
+    other = timm.create_model(
+        name, **{**SMALLER, "num_classes": 3}, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay
+    ).eval()
+    assert other(images(chans=1)).shape == (2, 3)
+    torch.testing.assert_close(other.stages.state_dict(), model.stages.state_dict())
+    torch.testing.assert_close(other.patch_embed.weight, model.patch_embed.weight.sum(dim=1, keepdim=True))
+
+
+HUB = """
+import functools, sys, torch
+folder, checkpoint = sys.argv[1:]
+load = functools.partial(torch.hub.load, folder, source="local")
+model = load("strip_mlp_pico", checkpoint=checkpoint).eval()
+assert model.num_classes == 4, model.num_classes
+larger = load("strip_mlp_pico", checkpoint=checkpoint, img_size=64, num_classes=2)
+assert larger(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+assert load("sparse_mlp_tiny", img_size=32).num_classes == 1000
+x = torch.ones(1, 3, 32, 32)
+features = load("strip_mlp_pico", checkpoint=checkpoint, num_classes=0).eval()(x)
+torch.testing.assert_close(features, model.forward_head(model.forward_features(x), pre_logits=True))
+pyramid = load("strip_mlp_pico", checkpoint=checkpoint, features_only=True, in_chans=1)
+torch.testing.assert_close(pyramid.model.stages[3].state_dict(), model.stages[3].state_dict())
+print(model(x).tolist())
+try:
+    load("strip_mlp_tiny", checkpoint=checkpoint)
+except Exception as error:
+    print(error)
+"""
+
+
+def test_torch_hub(tmp_path):
+    """As a user somewhere else calls it."""
+    model = timm.create_model("strip_mlp_pico", num_classes=4)
+    save_checkpoint({"model": model.state_dict()}, tmp_path / "best.pth")
+    result = subprocess.run(
+        [sys.executable, "-c", HUB, str(ROOT), "best.pth"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    logits, message = result.stdout.splitlines()
+    with torch.no_grad():
+        expected = model.eval()(torch.ones(1, 3, 32, 32))
+    torch.testing.assert_close(torch.tensor(eval(logits)), expected)
+    assert "best.pth: does not fit the model" in message
