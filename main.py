@@ -93,11 +93,8 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
 
     seed_all(config.SEED)
-    try:
-        model = build_model(config)
-        freeze(model, config.TRAIN.FREEZE)
-    except ValueError as error:
-        raise UserError(f"the model of the config cannot be built: {error}") from error
+    model = build_model(config)
+    freeze(model, config.TRAIN.FREEZE)
     if config.TRAIN.SYNC_BN and world.distributed:
         if world.device.type != "cuda":
             raise UserError("TRAIN.SYNC_BN is True, which needs CUDA; accepted on the CPU: False")

@@ -64,10 +64,7 @@ def run(
     config.MODEL.NUM_CLASSES = check_num_classes(config, source)
     config.freeze()
     loader = build_eval_loader(config, source, world)
-    try:
-        model = build_model(config)
-    except ValueError as error:
-        raise UserError(f"the model of the config cannot be built: {error}") from error
+    model = build_model(config)
     amp = str(resolve_amp(config, world.device) or torch.float32).removeprefix("torch.")
     logger.info(f"torch {torch.__version__}, timm {timm.__version__}, {world.size} x {world.device.type}, {amp}")
 

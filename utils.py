@@ -1,17 +1,17 @@
-"""What every entry point needs around its work: errors that are the user's to mend, reproducible randomness, and
-whether another process runs."""
+"""What every entry point needs around its work: errors that are the user's to mend, names in messages, reproducible
+randomness, and whether another process runs.
+
+It imports neither NumPy nor PyTorch, so that an entry point can answer --help before those are there.
+"""
 
 import multiprocessing
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-import torch
 
 
 class UserError(Exception):
@@ -57,6 +57,18 @@ def writing_to(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def printable(name: str) -> str:
+    """A file name or a class name for logs and messages: escaped where it has line breaks, control characters, or bytes
+    that are no text."""
+    return name if name.isprintable() else ascii(name)
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` of some names, printable, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable, names[:most])) + more
+
+
 def seed_all(*position: int, cuda: bool = True) -> None:
     """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank); without
     those of CUDA devices, which take longer, if `cuda` is False.
@@ -64,6 +76,9 @@ def seed_all(*position: int, cuda: bool = True) -> None:
     Positions that differ give independent streams, so that what is drawn at a position does not depend on what was
     drawn before it: a resumed run draws what an uninterrupted one does.
     """
+    import numpy as np
+    import torch
+
     # With its length, because SeedSequence takes (0,) and (0, 0) for the same.
     words = np.random.SeedSequence((len(position), *position)).generate_state(4)
     random.seed(int(words[0]))

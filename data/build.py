@@ -10,10 +10,11 @@ from torchvision import datasets
 
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
-from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource, printable
+from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, main_process_first
 from runtime.signals import ignore_signals
+from utils import printable
 
 DIGITS_TEST_IMAGES = 360  # 20 % of 1,797, rounded up
 

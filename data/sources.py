@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError
+from utils import UserError, printable, shorten
 
 # No honest image is larger; a file or zip member that claims to be is not read into memory.
 MOST_FILE_BYTES = 2**28
@@ -104,7 +104,7 @@ class FolderSource(FileSource):
         empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
         if empty:
             raise DataError(
-                f"{root}: no images in {_shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
+                f"{root}: no images in {shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
             )
 
     def read(self, index: int) -> bytes:
@@ -148,7 +148,7 @@ class ZipSource(FileSource):
         except Exception as error:  # what zipfile raises on damaged and hostile archives can be anything
             raise DataError(f"{archive}: not a zip file, or damaged: {printable(str(error))}") from error
         if missing:
-            raise DataError(f"{archive}: lacks {_shorten(missing)}, which {listing.name} lists")
+            raise DataError(f"{archive}: lacks {shorten(missing)}, which {listing.name} lists")
         self.classes = [str(label) for label in range(max(self.targets) + 1)]
         self.has_names = False
 
@@ -270,12 +270,6 @@ def class_names(source: Source) -> list[str]:
     return [printable(name) for name in source.classes] if source.has_names else []
 
 
-def printable(name: str) -> str:
-    """A file name for logs and messages: escaped where it has line breaks, control characters, or bytes that are no
-    text."""
-    return name if name.isprintable() else ascii(name)
-
-
 def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
     """The folders below `top`, and itself, with the names of their files; links are followed.
 
@@ -299,8 +293,3 @@ def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
-
-
-def _shorten(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more

@@ -288,6 +288,12 @@ def token_mixing_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.weight for name, layer, _ in layers if "weight" in layer.map_axes}
 
 
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The model's classifier; of distilled models of timm's, both."""
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
+
+
 def describe_stages(embed_dim: int, patch_size: int) -> list[dict]:
     """timm's `feature_info`: channels, pixels per token side and module of each of the four stages."""
     return [{"num_chs": embed_dim * 2**i, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i in range(4)]

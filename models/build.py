@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 from config import image_size
+from utils import UserError
 
 from .strip_mlp import StripMLP
+
+
+class ModelError(UserError, ValueError):
+    """The model that a config describes cannot be built."""
 
 
 def build_model(config) -> nn.Module:
@@ -20,8 +25,15 @@ def build_model(config) -> nn.Module:
     from the data already; 0 builds a feature extractor without a classifier, as in timm.
 
     Raises:
-        ValueError: the model cannot be built from these values; the message names them and what would work.
+        ModelError: the model cannot be built from these values; the message names them and what would work.
     """
+    try:
+        return _build_model(config)
+    except ValueError as error:
+        raise ModelError(f"the model of the config cannot be built: {error}") from error
+
+
+def _build_model(config) -> nn.Module:
     model = {"strip_mlp_layer": build_strip_mlp, "timm": build_timm_model}[config.MODEL.TYPE](config)
     if config.TRAIN.USE_CHECKPOINT:
         try:

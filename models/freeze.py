@@ -2,7 +2,9 @@
 
 from torch import nn
 
-from runtime.checkpoint import classifiers
+from utils import UserError
+
+from .backbone import classifiers
 
 
 def freeze(model: nn.Module, what: str) -> None:
@@ -13,7 +15,7 @@ def freeze(model: nn.Module, what: str) -> None:
             stages.0").
 
     Raises:
-        ValueError: a name that the model does not have, or nothing is left to train.
+        UserError: a name that the model does not have, or nothing is left to train.
     """
     if what == "none":
         return
@@ -22,7 +24,7 @@ def freeze(model: nn.Module, what: str) -> None:
     for name in names:
         if name not in modules or (not name and what != "backbone"):
             known = ", ".join(dict.fromkeys(known.partition(".")[0] for known in modules if known))
-            raise ValueError(
+            raise UserError(
                 f"TRAIN.FREEZE names {name!r}, which {type(model).__name__} does not have; accepted: none, backbone, "
                 f"or names of modules, of which the first level is: {known}"
             )
@@ -31,7 +33,7 @@ def freeze(model: nn.Module, what: str) -> None:
         for classifier in classifiers(model):
             classifier.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"TRAIN.FREEZE is {what!r}, which leaves nothing to train")
+        raise UserError(f"TRAIN.FREEZE is {what!r}, which leaves nothing to train")
 
 
 def train_mode(model: nn.Module) -> None:

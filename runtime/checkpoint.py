@@ -26,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from models.backbone import classifiers
 from utils import UserError
 
 # 1: between epochs only; 2: also inside an epoch
@@ -356,12 +357,6 @@ def classifier_names(model: nn.Module) -> list[str]:
     modules = classifiers(model)
     prefixes = {name: module for name, module in model.named_modules() if any(module is c for c in modules)}
     return [f"{prefix}.{name}" for prefix, module in prefixes.items() for name, _ in module.named_parameters()]
-
-
-def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The model's classifier; of distilled models of timm's, both."""
-    found = model.get_classifier()
-    return found if isinstance(found, tuple) else (found,)
 
 
 def other_classes(content: Mapping, classes: Sequence[str]) -> bool:

@@ -351,10 +351,7 @@ def pause(images_per_second: float) -> Callable[[Sample], None]:
 
 def training_step(config, world: World) -> Callable[[Sample], None]:
     """Forward, backward and optimizer on a batch, with all that the engine does to it before; waits for the device."""
-    try:
-        model = build_model(config).to(world.device).train()
-    except ValueError as error:
-        raise UserError(f"the model of the config cannot be built: {error}") from error
+    model = build_model(config).to(world.device).train()
     optimizer = build_optimizer(config, model, config.TRAIN.WARMUP_LR)
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
     transform = build_batch_transform(config, mixup, world.device)

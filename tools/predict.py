@@ -38,10 +38,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from trained import Trained, add_arguments, load_trained
 
-from data.sources import decode, find_images, printable, read_file
+from data.sources import decode, find_images, read_file
 from engine.epoch import autocast, resolve_amp
 from runtime.signals import ignore_signals
-from utils import UserError, run_entry_point
+from utils import UserError, printable, run_entry_point
 
 
 @dataclass

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from config import config_of, load_config
 from data import build_normalize, build_sources, check_num_classes, sources
-from data.sources import Source, printable
+from data.sources import Source
 from data.transforms import build_transform
 from models import build_model
 from runtime.checkpoint import (
@@ -28,7 +28,7 @@ from runtime.checkpoint import (
     read_checkpoint,
 )
 from runtime.distributed import World
-from utils import UserError
+from utils import UserError, printable
 
 
 @dataclass
@@ -101,10 +101,10 @@ def load_trained(args: argparse.Namespace) -> Trained:
     if not config.MODEL.NUM_CLASSES:
         config.MODEL.NUM_CLASSES = 1
         with torch.device("meta"):
-            model = build(config)
+            model = build_model(config)
         config.MODEL.NUM_CLASSES = count_classes(model, content, args.checkpoint, ema)
     config.freeze()
-    model = build(config)
+    model = build_model(config)
     for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
         print(f"note: {note}", file=sys.stderr)
     has_cuda = torch.cuda.is_available()
@@ -153,21 +153,13 @@ def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:
     if sum(config.MODEL.STRIP_MLP.LAYERS) <= max(100, len(weights)):
         try:
             with torch.device("meta"):
-                parameters = sum(parameter.numel() for parameter in build(config).parameters())
+                parameters = sum(parameter.numel() for parameter in build_model(config).parameters())
         except (RuntimeError, OverflowError) as error:  # sizes beyond 64 bits
             raise CheckpointError(f"{path}: the model of its config cannot be built: {error}") from error
     if parameters > 2 * numbers + 10_000:
         raise CheckpointError(
             f"{path}: its config is of a model of {parameters:,} parameters, but it holds {numbers:,} numbers"
         )
-
-
-def build(config) -> nn.Module:
-    """The model of the config; a UserError where it cannot be built."""
-    try:
-        return build_model(config)
-    except ValueError as error:
-        raise UserError(f"the model of the config cannot be built: {error}") from error
 
 
 def class_names(content: Mapping, path: Path, listing: Path | None, count: int) -> list[str]:

@@ -78,7 +78,7 @@ def test_freeze_the_backbone_of_other_models(name, heads):
     ],
 )
 def test_freeze_what_is_not_there(what, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         freeze(tiny(), what)
 
 

@@ -38,7 +38,7 @@ import config as config_module
 import main
 from config import ConfigError, get_default_config, leaves, load_config, save_config, validate
 from data.dataset import ClassificationDataset
-from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource, printable
+from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource
 from data.transforms import build_transform
 from engine.finite import build_scaler, update_scaler
 from engine.state import TrainingState
@@ -56,7 +56,7 @@ from runtime.checkpoint import (
 from runtime.distributed import World
 from runtime.run_folder import LOCK, open_run_folder, run_path
 from tests.helpers import TINY, python
-from utils import UserError
+from utils import UserError, printable
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about files like these
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.sources import decode, printable, read_file
-from utils import UserError
+from data.sources import decode, read_file
+from utils import UserError, printable
 
 WIDTH = 7.0  # of a figure over both columns of a paper, in inches
 
