@@ -1,5 +1,6 @@
 """Models. Importing this package registers Strip-MLP and Sparse MLP with timm."""
 
+from . import reparameterize, variants  # noqa: F401  (register folds, and names with timm)
 from .backbone import token_mixing_weights
 from .build import build_model, prepare_model
 from .freeze import freeze, train_mode

@@ -16,7 +16,7 @@ def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
     """Runs `blocks` on x, keeping only each block's input for the backward pass. Same shapes as `blocks(x)`."""
     for block in blocks:
         if torch.compiler.is_compiling():
-            # The compiler recomputes inside its own graph, where buffers are written once.
+            # The compiler recomputes inside its own graph, which updates buffers once.
             x = checkpoint(block, x, use_reentrant=False)
         else:
             x = checkpoint(
@@ -27,11 +27,11 @@ def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_running_stats(module: nn.Module):
-    """Inside, BatchNorms of `module` in training mode normalise by the batch but leave their buffers as they are."""
+    """Inside, BatchNorms of `module` in training mode normalise by the batch but do not change their buffers."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    # Without running statistics altogether, BatchNorm would keep fewer tensors for its backward pass than it did in
-    # the forward pass, which checkpointing takes for an error.
+    # Turning running statistics off would not do: BatchNorm would then save fewer tensors for the backward pass than in
+    # the first forward pass, which checkpointing reports as an error.
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:

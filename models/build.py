@@ -46,8 +46,8 @@ def _build_model(config) -> nn.Module:
 
 
 def prepare_model(config, model: nn.Module, device: torch.device) -> None:
-    """Moves the model to the device, into the memory format and under the compiler that `config.TRAIN` asks for. In
-    place: its parameters keep their names."""
+    """Moves the model to the device and gives it the memory format and the compiler that `config.TRAIN` asks for. In
+    place; parameters keep their names."""
     model.to(device)
     if config.TRAIN.CHANNELS_LAST:
         convolutions_to(model, torch.channels_last)
@@ -56,8 +56,8 @@ def prepare_model(config, model: nn.Module, device: torch.device) -> None:
 
 
 def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Has the weights of convolutions in the memory format. Other parameters of four dimensions, such as a strip's, are
-    no images, and a 1 x 1 kernel has the same layout in both formats."""
+    """Puts the weights of convolutions into the memory format. Other four-dimensional parameters, such as a strip's, are
+    left alone. So are 1 x 1 kernels, which look the same in both formats."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.to(memory_format=memory_format)
@@ -86,7 +86,7 @@ def build_strip_mlp(config) -> StripMLP:
 
 
 def released_patch_channels(embed_dim: int) -> int:
-    """q by the rule of the released code, for YAML files written for it: it has no key for q."""
+    """q by the rule of the released code. YAML files written for it have no key for q."""
     return 2 if embed_dim % 80 == 0 else 4
 
 
@@ -101,7 +101,7 @@ def build_timm_model(config) -> nn.Module:
     sized = {"img_size": image_size(config)} if pretrained_cfg and pretrained_cfg.fixed_input_size else {}
     arguments = {"num_classes": config.MODEL.NUM_CLASSES, **sized}
     try:
-        # A rate of 0 too: some models have another default.
+        # Passed even if it is 0: some models have another default.
         return timm.create_model(name, drop_path_rate=config.MODEL.DROP_PATH_RATE, **arguments)
     except TypeError as error:
         if "drop_path_rate" not in str(error):

@@ -1,4 +1,8 @@
-"""Parts of a model that training leaves as they are: for fine-tuning, and linear probes of frozen features."""
+"""Freezing parts of a model, for fine-tuning and linear probes.
+
+timm.utils.freeze would replace BatchNorm by a layer without its batch counter, so that checkpoints would have other
+entries; without that option it is the one line of `requires_grad_` here.
+"""
 
 from torch import nn
 
@@ -8,14 +12,14 @@ from .backbone import classifiers
 
 
 def freeze(model: nn.Module, what: str) -> None:
-    """Makes parameters of the model ones that are not trained.
+    """Freezes parameters of the model, in place.
 
     Args:
-        what: "none"; "backbone": all but the classifier; or names of modules, separated by commas ("patch_embed,
-            stages.0").
+        what: "none"; "backbone", which is all but the classifier; or names of modules, separated by commas, such as
+            "patch_embed,stages.0".
 
     Raises:
-        UserError: a name that the model does not have, or nothing is left to train.
+        UserError: the model has no module of that name, or nothing is left to train.
     """
     if what == "none":
         return
@@ -37,8 +41,8 @@ def freeze(model: nn.Module, what: str) -> None:
 
 
 def train_mode(model: nn.Module) -> None:
-    """`model.train()`, with whatever is frozen as a whole in evaluation mode: its BatchNorms keep their statistics, and
-    its branches are not dropped."""
+    """`model.train()`, except that modules that are frozen as a whole are in evaluation mode: their BatchNorms keep
+    their statistics, and no branch of theirs is dropped."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())

@@ -6,31 +6,16 @@ without the multi-scale shortcuts; its tokens interact along their row and their
 (columns) and all channels share. Feature maps are (N, C, H, W).
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from timm.layers import ClassifierHead, DropPath, Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .backbone import (
-    FEATURE_CFG,
-    Backbone,
-    MapSized,
-    build_stages,
-    check_depths,
-    check_img_size,
-    describe_stages,
-    image_cfg,
-    merge,
-    plain_weights,
-    translate,
-)
-
-__all__ = ["SparseMLP", "SparseMLPBlock", "TokenMixing", "checkpoint_filter_fn"]
+from .backbone import Backbone, merge
+from .resample import MapSized
 
 
 class TokenLinear(MapSized, nn.Linear):
@@ -49,9 +34,6 @@ class TokenLinear(MapSized, nn.Linear):
         self.axis = axis
         length = self.map_length(size)
         super().__init__(length, length)
-
-    def map_length(self, size: tuple[int, int]) -> int:
-        return size[1] if self.axis == "row" else size[0]
 
     def set_map_size(self, size: tuple[int, int]) -> None:
         super().set_map_size(size)
@@ -168,143 +150,11 @@ class SparseMLP(Backbone):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ):
-        super().__init__()
-        img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        check_depths(depths)
-        check_img_size(img_size, patch_size)
-
-        self.img_size = img_size
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = 8 * embed_dim
-        self.feature_info = describe_stages(embed_dim, patch_size)
-        widths = [info["num_chs"] for info in self.feature_info]
+        super().__init__(img_size, patch_size, embed_dim, num_classes)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64, device="cpu").tolist())
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=False)
-        self.stages = build_stages(
-            self.feature_info,
-            depths,
-            img_size,
-            lambda dim, size: SparseMLPBlock(dim, size, alpha, next(rates)),
-        )
-        self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in pairwise(widths))
-        self.norm = nn.BatchNorm2d(widths[-1])
-        self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-
-
-# Beginnings of names in the released checkpoints, whose numbers of blocks are left out, and in ours, whose stages are;
-# "proh_w" is theirs.
-RELEASED_NAMES = (
-    ("to_patch_embedding.0.0.", "patch_embed."),
-    ("to_patch_embedding.1.0.", "merging.0."),
-    ("to_patch_embedding.2.0.", "merging.1."),
-    ("to_patch_embedding.3.0.", "merging.2."),
-    ("batch_norm.", "norm."),
-    ("mlp_head.0.", "head.fc."),
-    ("token_mix.0.conv_merge.BN.", "token_mixing.norm1."),
-    ("token_mix.0.conv_merge.Conv.", "token_mixing.dwconv."),
-    ("token_mix.1.BN.", "token_mixing.norm2."),
-    ("token_mix.1.proj_h.", "token_mixing.mix_w."),
-    ("token_mix.1.proh_w.", "token_mixing.mix_h."),
-    ("token_mix.1.fuse.", "token_mixing.proj."),
-    ("channel_mix.1.", "channel_mixing.norm."),
-    ("channel_mix.2.net.0.", "channel_mixing.mlp.fc1."),
-    ("channel_mix.2.net.3.", "channel_mixing.mlp.fc2."),
-)
-
-
-def checkpoint_filter_fn(state_dict: Mapping, model: SparseMLP) -> dict[str, Tensor]:
-    """Our state dict for `model` from a released checkpoint's or from our own, of a model for images of whatever size
-    (timm's convention).
-
-    Args:
-        state_dict: a state dict, bare or under "model"; keys may carry the prefix "module." that
-            DistributedDataParallel adds. Keys it does not know are kept, so that loading reports them.
-        model: the `SparseMLP` to load into; its depths say which stage a block of the released model belongs to, and
-            its image size what the mixing weights are resampled to.
-
-    Returns:
-        Names and shapes as `SparseMLP.state_dict` has them. Released mixing weights (L, L, 1, 1) become (L, L).
-    """
-    return model.resample(rename_released(state_dict, model))
-
-
-def rename_released(state_dict: Mapping, model: SparseMLP) -> dict[str, Tensor]:
-    """A released checkpoint's state dict under our names and in our shapes, for images of whatever size."""
-    state_dict = plain_weights(state_dict)
-    # As our own files named it at first.
-    state_dict = {name.replace("token_mixing.fuse.", "token_mixing.proj."): v for name, v in state_dict.items()}
-    if "to_patch_embedding.0.0.weight" not in state_dict:
-        return state_dict
-    blocks = block_names(model)
-    converted = {}
-    for released_name, value in state_dict.items():
-        block = re.match(r"(token_mix|channel_mix)\.(\d+)\.", released_name)
-        if block and int(block[2]) < len(blocks):
-            inside = translate(f"{block[1]}.{released_name[block.end() :]}", RELEASED_NAMES)
-            name = f"{blocks[int(block[2])]}.{inside}"
-        else:
-            name = translate(released_name, RELEASED_NAMES)
-        if name.endswith((".mix_w.weight", ".mix_h.weight")):
-            value = value.flatten(1)
-        converted[name] = value
-    return converted
-
-
-def released_state_dict(model: SparseMLP) -> dict[str, Tensor]:
-    """The model's weights as the released code has them: the inverse of `rename_released`."""
-    blocks = block_names(model)
-    converted = {}
-    for our_name, value in model.state_dict().items():
-        block = re.match(r"stages\.\d\.\d+", our_name)
-        name = translate(our_name[block.end() + 1 :] if block else our_name, RELEASED_NAMES, back=True)
-        if block:
-            kind, rest = name.split(".", 1)
-            name = f"{kind}.{blocks.index(block[0])}.{rest}"
-        if our_name.endswith((".mix_w.weight", ".mix_h.weight")):
-            value = value[:, :, None, None]
-        converted[name] = value
-    return converted
-
-
-def block_names(model: SparseMLP) -> list[str]:
-    """Of all stages, in order: the released code numbers the blocks through."""
-    return [f"stages.{stage}.{block}" for stage, blocks in enumerate(model.stages) for block in range(len(blocks))]
-
-
-PAPER = "arXiv:2109.05422"
-
-# No weights to download here either: load the released files with checkpoint_filter_fn.
-default_cfgs = generate_default_cfgs({f"sparse_mlp_{size}": image_cfg(PAPER) for size in ("tiny", "small", "base")})
-
-
-def _create(variant: str, pretrained: bool, **kwargs) -> SparseMLP:
-    return build_model_with_cfg(
-        SparseMLP,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(FEATURE_CFG),
-        **kwargs,
-    )
-
-
-@register_model
-def sparse_mlp_tiny(pretrained: bool = False, **kwargs) -> SparseMLP:
-    """sMLPNet-T: 24.1 M parameters, 5.0 GMACs, 81.9 % top-1 on ImageNet-1K (published)."""
-    arguments = {"embed_dim": 80, "depths": (2, 8, 14, 2), "drop_path_rate": 0.0}
-    return _create("sparse_mlp_tiny", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def sparse_mlp_small(pretrained: bool = False, **kwargs) -> SparseMLP:
-    """sMLPNet-S: 48.6 M parameters, 10.3 GMACs, 83.1 % top-1 on ImageNet-1K (published)."""
-    arguments = {"embed_dim": 96, "depths": (2, 10, 24, 2), "drop_path_rate": 0.2}
-    return _create("sparse_mlp_small", pretrained, **{**arguments, **kwargs})
-
-
-@register_model
-def sparse_mlp_base(pretrained: bool = False, **kwargs) -> SparseMLP:
-    """sMLPNet-B: 65.9 M parameters, 14.0 GMACs, 83.4 % top-1 on ImageNet-1K (published)."""
-    arguments = {"embed_dim": 112, "depths": (2, 10, 24, 2), "drop_path_rate": 0.3}
-    return _create("sparse_mlp_base", pretrained, **{**arguments, **kwargs})
+        self.stages = self.build_stages(depths, lambda dim, size: SparseMLPBlock(dim, size, alpha, next(rates)))
+        self.merging = nn.ModuleList(merge(c_in, c_out) for c_in, c_out in pairwise(self.widths))
+        self.norm = nn.BatchNorm2d(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)

@@ -14,7 +14,6 @@ import pickle
 import pickletools
 import re
 import shutil
-import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import classifiers
+from models.released import strip_prefixes, to_our_names
 from utils import UserError
 
 # 1: between epochs only; 2: also inside an epoch
@@ -322,7 +322,7 @@ def find_weights(content: Mapping, path: str | Path, ema: bool = True) -> dict[s
             break
     if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise CheckpointError(f"{path}: holds no weights; its keys: {_some(content)}")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in content.items()}
+    return strip_prefixes(content)
 
 
 def _some(names: Iterable) -> str:
@@ -344,12 +344,9 @@ def _converting(model: nn.Module, path: str | Path) -> Iterator[None]:
 
 
 def convert_weights(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """The weights of the file `path` under the model's own names, for images of whatever size: beside the model's
-    class, `rename_released` knows the released names, or else `checkpoint_filter_fn`, timm's convention, does."""
-    module = sys.modules[type(model).__module__]
-    convert = getattr(module, "rename_released", None) or getattr(module, "checkpoint_filter_fn", None)
+    """The weights of the file `path` under the model's own names, for images of whatever size."""
     with _converting(model, path):
-        return convert(weights, model) if convert else weights
+        return to_our_names(weights, model)
 
 
 def classifier_names(model: nn.Module) -> list[str]:

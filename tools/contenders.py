@@ -19,7 +19,7 @@ from config import get_default_config
 from engine.epoch import autocast
 from models import StripMLP, build_model
 from models.build import convolutions_to
-from models.strip_mlp import checkpoint_filter_fn
+from models.released import checkpoint_filter_fn
 from utils import UserError
 
 LITERAL = "literal:"

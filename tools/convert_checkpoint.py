@@ -13,13 +13,13 @@ written.
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 
 from trained import Trained, add_arguments, load_trained
 
 from config import get_default_config, leaves
 from models.build import released_patch_channels
+from models.released import to_released_names
 from runtime.checkpoint import CheckpointError, save_checkpoint, save_safetensors
 from utils import UserError, run_entry_point
 
@@ -48,14 +48,14 @@ def write(trained: Trained, output: Path, names: str) -> None:
     """
     weights, config, classes = trained.model.state_dict(), leaves(trained.config), trained.known_classes
     if names == "released":
-        convert = getattr(sys.modules[type(trained.model).__module__], "released_state_dict", None)
-        if convert is None:
+        released = to_released_names(trained.model)
+        if released is None:
             raise CheckpointError(
                 f"{trained.path}: is of a {type(trained.model).__name__}, of which there are no released names; "
                 "accepted for --to released: Strip-MLP and Sparse MLP"
             )
         check_released(trained)
-        weights, config, classes = convert(trained.model), {}, []
+        weights, config, classes = released, {}, []
     if output.suffix == ".safetensors":
         save_safetensors(weights, output, config, classes)
     else:

@@ -15,7 +15,7 @@ from data import build_sources
 from data.build import select
 from data.sources import DataError
 from models import freeze, train_mode
-from models.strip_mlp import released_state_dict
+from models.released import to_released_names
 from optimizer import build_optimizer, learning_rate, param_groups
 from runtime.checkpoint import classifier_names, other_classes, read_checkpoint
 from runtime.distributed import World
@@ -349,7 +349,7 @@ def test_imagenet_checkpoint_to_a_folder_of_images(image_folder, tmp_path):
     small += ("TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
     torch.manual_seed(0)
     model = timm.create_model("strip_mlp_tiny", embed_dim=8, depths=(1, 1, 1, 1))  # 224 x 224, 1000 classes
-    torch.save({"model": released_state_dict(model), "epoch": 299}, tmp_path / "released.pth")
+    torch.save({"model": to_released_names(model), "epoch": 299}, tmp_path / "released.pth")
     for recipe, height, width in (
         ("smlp_tiny_224", 224, 224),
         ("smlp_tiny_224", 32, 32),

@@ -372,7 +372,7 @@ def test_a_released_checkpoint_evaluates(tmp_path):
     assert isinstance(model, StripMLP)
     from torchvision import datasets, transforms
 
-    from models.strip_mlp import checkpoint_filter_fn
+    from models.released import checkpoint_filter_fn
 
     model.load_state_dict(checkpoint_filter_fn(state, model))
     transform = transforms.Compose(

@@ -27,7 +27,7 @@ from peak_memory import PREDICTS_FROM, backward, measured_peak, predicted_peak
 from timing import Quartiles, Timing, interleave, ratio, rotated
 from torch import nn
 
-from models.strip_mlp import checkpoint_filter_fn
+from models.released import checkpoint_filter_fn
 from tests.helpers import ROOT
 from utils import run_entry_point
 

@@ -12,7 +12,7 @@ from trained import Trained, add_arguments, load_trained
 from config import ConfigError, leaves, load_config
 from data.transforms import build_transform
 from models import build_model
-from models.strip_mlp import checkpoint_filter_fn
+from models.released import checkpoint_filter_fn
 from runtime.checkpoint import CheckpointError, read_checkpoint, save_safetensors
 from tests.helpers import ROOT, TINY, trained_model
 from utils import UserError

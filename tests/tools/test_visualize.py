@@ -93,7 +93,7 @@ def test_field_of_a_convolution():
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_field_of_strips(axis):
-    layer = StripMLPLayer(3, 8, axis, patch_channels=1, strip_width=3)
+    layer = StripMLPLayer(3, 8, axis, q=1, m=3)
     (field,) = effective_receptive_fields(lambda x: [layer(x)], [torch.randn(2, 3, 8, 8)])
     expected = np.zeros((8, 8), dtype=bool)
     expected[3:6] = True
@@ -185,7 +185,7 @@ def test_strip_matrices_are_what_the_layer_does(axis):
     model = timm.create_model("strip_mlp_pico")
     layer = strips.strip_layers(model, axis)["stages.1.0"]
     (strip,) = strips.weights_of("stages.1.0", layer, every_offset=False)
-    q, patches, length = layer.patch_channels, *strip.matrices.shape[:2]
+    q, patches, length = layer.q, *strip.matrices.shape[:2]
     x = torch.randn(1, q * patches, 1, length)
     y = layer(x if axis == "row" else x.transpose(2, 3)).flatten(2)[0].detach().numpy()  # (C', L)
     for channel in range(q * patches):

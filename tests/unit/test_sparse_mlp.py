@@ -13,7 +13,8 @@ from timm.layers import DropPath
 
 from config import load_config
 from models import build_model  # and registers the variants with timm
-from models.sparse_mlp import SparseMLP, TokenMixing, checkpoint_filter_fn
+from models.released import checkpoint_filter_fn
+from models.sparse_mlp import SparseMLP, TokenMixing
 from optimizer import param_groups
 from runtime.checkpoint import CheckpointError, load_pretrained, load_weights
 from tests.reference import fill

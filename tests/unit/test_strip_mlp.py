@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import models  # noqa: F401  (registers the variants with timm)
 from config import get_default_config
 from models.activation_checkpoint import frozen_running_stats
-from models.strip_mlp import (
-    GlobalResponseNorm,
-    StripMLP,
-    StripMLPBlock,
-    StripMLPLayer,
-    checkpoint_filter_fn,
-    mix_strips_by_conv,
-    mix_strips_by_matmul,
-)
+from models.build import build_strip_mlp
+from models.ops import grn_linear, grn_scale, mix_strips, pointwise
+from models.released import checkpoint_filter_fn
+from models.strip_mlp import StripMixingOptions, StripMLP, StripMLPBlock
 from optimizer import build_optimizer, param_groups
 from tests import literal
 from tests.reference import fill
@@ -279,52 +274,49 @@ def test_literal_train(reference):
     reference.check_train(loss, {name: p.grad for name, p in params.items() if p.requires_grad})
 
 
-@pytest.mark.parametrize("m", [1, 3, 5])
-def test_strip_mlp_layer(m):
-    """Both implementations of the strip MLP layer against the sum that defines it, on a map that is not square."""
-    torch.manual_seed(0)
-    n, q, patches, h, w, r = 2, 3, 2, 5, 4, m // 2
-    x = torch.randn(n, q * patches, h, w, dtype=torch.float64)
-    map_ = x.reshape(n, q, patches, h, w)
-    for axis, length, apply in (("row", w, literal.strip_mlp_rows), ("column", h, literal.strip_mlp_columns)):
-        weight = torch.randn(patches, length, length, m, dtype=torch.float64)
-        bias = torch.randn(patches, length, dtype=torch.float64)
-        expected = torch.zeros_like(map_)
-        for d in range(-r, r + 1):
-            if axis == "row":
-                padded = F.pad(map_, (0, 0, r, r))
-                expected += torch.einsum("pab,njpib->njpia", weight[..., d + r], padded[..., r + d : r + d + h, :])
-            else:
-                padded = F.pad(map_, (r, r))
-                expected += torch.einsum("pab,njpbw->njpaw", weight[..., d + r], padded[..., r + d : r + d + w])
-        expected += bias[:, None, :] if axis == "row" else bias[:, :, None]
-        expected = expected.reshape(x.shape)
-
-        params = {"proj.weight": weight.reshape(-1, length, 1, m), "proj.bias": bias.flatten()}
-        torch.testing.assert_close(apply(params, "proj", x, q), expected)
-
-        layer = StripMLPLayer(q * patches, length, axis, patch_channels=q, strip_width=m).double()
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        torch.testing.assert_close(layer(x), expected)
+# How it is computed
 
 
 @pytest.mark.parametrize("m", [1, 3, 7])
+@pytest.mark.parametrize("axis", ["row", "column"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_strips_as_matrix_products(m, dtype):
-    """What GPUs compute is what the CPU computes, gradients included, for maps in any memory format."""
+def test_mix_strips(m, axis, dtype):
+    """Each form against the einsum of its docstring, gradients included, on a map that is not square; and the literal
+    equation too."""
     torch.manual_seed(0)
-    n, patches, length, q, across = 2, 3, 5, 2, 4
-    maps = torch.randn(n, q, across, patches, length).permute(0, 3, 4, 1, 2)  # no dimension is where it came first
-    tensors = [maps, torch.randn(patches, length, length, m), torch.randn(patches, length)]
+    n, q, patches, height, width = 2, 3, 2, 5, 4
+    length = width if axis == "row" else height
+    tensors = [torch.randn(n, q * patches, height, width), torch.randn(patches, length, length, m)]
+    tensors.append(torch.randn(patches, length))
+
+    def equation(x, weight, bias):
+        x = x.unflatten(1, (q, patches)) if axis == "row" else x.unflatten(1, (q, patches)).transpose(-1, -2)
+        strips = F.pad(x, (0, 0, m // 2, m // 2)).unfold(-2, m, 1)  # (n, q, patches, i, w, m)
+        y = torch.einsum("pvwd,njpiwd->njpiv", weight, strips) + bias[:, None, :]
+        return (y if axis == "row" else y.transpose(-1, -2)).flatten(1, 2)
+
+    def literally(x, weight, bias):
+        params = {"proj.weight": weight.flatten(0, 1)[:, :, None], "proj.bias": bias.flatten()}
+        return {"row": literal.strip_mlp_rows, "column": literal.strip_mlp_columns}[axis](params, "proj", x, q)
+
+    forms = [partial(mix_strips, axis=axis, q=q, form=form) for form in ("conv", "matmul")]
     results = []
-    for mix in (mix_strips_by_conv, mix_strips_by_matmul):
+    for mix in (equation, literally, *forms):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
         y = mix(*leaves)
-        assert y.shape == maps.shape
         (y * y).sum().backward()
         results.append([y, *(leaf.grad for leaf in leaves)])
-    for by_conv, by_matmul in zip(*results, strict=True):
-        assert relative_error(by_matmul, by_conv) < (1e-12 if dtype == torch.float64 else 0.02)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert actual.shape == expected.shape
+            assert relative_error(actual, expected) < (1e-12 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("form", ["conv", "linear"])
+def test_pointwise(form):
+    x, weight, bias = torch.randn(2, 6, 3, 4).double(), torch.randn(5, 6).double(), torch.randn(5).double()
+    expected = torch.einsum("oc,nchw->nohw", weight, x) + bias[:, None, None]
+    torch.testing.assert_close(pointwise(x, weight[:, :, None, None], bias, form=form), expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -334,7 +326,7 @@ def test_as_on_gpus(case, checkpointing, monkeypatch):
     images, labels = case.batch(4)
     results = []
     for on_gpu in False, True:
-        monkeypatch.setattr("models.strip_mlp.on_gpu", lambda x, answer=on_gpu: answer)
+        monkeypatch.setattr("models.ops.on_gpu", lambda x, answer=on_gpu: answer)
         model = case.model().train()
         model.set_grad_checkpointing(checkpointing and on_gpu)
         loss = F.cross_entropy(model(images), labels)
@@ -352,7 +344,7 @@ def test_as_on_gpus_in_half_precision(toy, dtype, monkeypatch):
     images, labels = toy.batch(8)
     gradients = []
     for on_gpu in False, True:
-        monkeypatch.setattr("models.strip_mlp.on_gpu", lambda x, answer=on_gpu: answer)
+        monkeypatch.setattr("models.ops.on_gpu", lambda x, answer=on_gpu: answer)
         model = toy.model().train()
         with torch.autocast("cpu", dtype, enabled=on_gpu):
             loss = F.cross_entropy(model(images).float(), labels)
@@ -362,12 +354,12 @@ def test_as_on_gpus_in_half_precision(toy, dtype, monkeypatch):
 
 
 def test_grn_keeps_one_map():
-    """Whatever the dtype, nothing but the map itself is kept for the gradient of the norms."""
+    """Only the map itself is kept for the gradient of the norms, in its own dtype."""
     for dtype in torch.float32, torch.bfloat16, torch.float16:
         kept = []
         x = torch.randn(2, 3, 8, 8).to(dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            scale, _ = GlobalResponseNorm(3)(x)
+            scale = grn_scale(x, torch.zeros(3))
         maps = [t for t in kept if t.numel() >= x.numel()]
         assert [(t.data_ptr(), t.dtype) for t in maps] == [(x.data_ptr(), dtype)]
         scale.sum().backward()
@@ -375,18 +367,15 @@ def test_grn_keeps_one_map():
 
 
 def test_grn_of_a_dead_channel():
-    """A channel that is zero everywhere has no gradient, rather than one that is no number; nor does float16 overflow
-    where the squares do."""
-    grn = GlobalResponseNorm(3)
-    torch.nn.init.ones_(grn.weight)
+    """A channel that is zero everywhere has a finite gradient; float16 does not overflow where the squares do."""
+    ones, zeros = torch.ones(3), torch.zeros(3)
     x = torch.randn(2, 3, 4, 4)
     x[:, 1] = 0
     x.requires_grad_()
-    scale, shift = grn(x)
-    (x * scale + shift[:, None, None]).sum().backward()
+    grn_linear(x, ones, zeros, torch.eye(3), zeros).sum().backward()
     assert x.grad.isfinite().all()
     large = torch.full((1, 3, 4, 4), 1000.0, dtype=torch.float16)
-    torch.testing.assert_close(grn(large)[0], torch.full((1, 3, 1, 1), 2.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grn_scale(large, ones), torch.full((1, 3, 1, 1), 2.0), rtol=1e-5, atol=0)
 
 
 # The model against the released code
@@ -426,11 +415,6 @@ def test_size_at_224(variant, num_params, macs):
 def test_size_of_ablations(arguments, num_params, macs):
     with torch.device("meta"):
         check_size(timm.create_model("strip_mlp_tiny_light", **arguments), 224, num_params, macs)
-
-
-def test_size(small_reference):
-    data = small_reference.data
-    check_size(small_reference.model(), data["img_size"], data["num_params"], data["macs"])
 
 
 def check_size(model, img_size, num_params, macs):
@@ -616,42 +600,36 @@ def test_checkpoint_wrapping(toy, source, wrapping):
         assert torch.equal(value, expected[name]), name
 
 
-def test_checkpoint_missing_entry(toy):
+def test_checkpoint_with_a_missing_or_unknown_entry(toy):
     model = StripMLP(**TOY)
     # PyTorch itself tolerates a missing count of batches.
     for missing in [name for name in toy.shapes if not name.endswith("num_batches_tracked")]:
         weights = {name: value for name, value in toy.weights.items() if name != missing}
         with pytest.raises(RuntimeError, match="Missing key"):
             model.load_state_dict(checkpoint_filter_fn(weights, model))
-
-
-@pytest.mark.parametrize("name", ["extra", "blocks1.7.token_mixing.smlp_block.fuse.weight", "head.fc.weight.ema"])
-def test_checkpoint_unknown_entry(toy, name):
-    model = StripMLP(**TOY)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        model.load_state_dict(checkpoint_filter_fn({**toy.weights, name: torch.zeros(1)}, model))
+    for extra in ("extra", "blocks1.7.token_mixing.smlp_block.fuse.weight", "head.fc.weight.ema"):
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            model.load_state_dict(checkpoint_filter_fn({**toy.weights, extra: torch.zeros(1)}, model))
 
 
 # Behaviour
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variant_defaults(variant):
-    assert timm.is_model(variant)
+def test_drop_path_of_the_variants(variant):
+    """The released models drop every branch of every block with the same probability."""
     with torch.device("meta"):
-        model = timm.create_model(variant)
-    assert model.num_classes == model.get_classifier().out_features == 1000
-    assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
-    # The released models drop every branch of every block with the same probability.
-    drop_paths = [module for module in model.modules() if isinstance(module, DropPath)]
-    assert len(drop_paths) >= sum(literal.VARIANTS[variant.removeprefix("strip_mlp_")]["depths"])
+        drop_paths = [m for m in timm.create_model(variant).modules() if isinstance(m, DropPath)]
+    assert len(drop_paths) == sum(literal.VARIANTS[variant.removeprefix("strip_mlp_")]["depths"])
     assert {module.drop_prob for module in drop_paths} == {0.1}
 
 
-def test_pico():
-    model = timm.create_model("strip_mlp_pico")
-    assert sum(parameter.numel() for parameter in model.parameters()) <= 1_000_000
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, model.num_classes)
+def test_defaults_of_the_config():
+    """A config that sets no option, and a model that is given none, are the same model."""
+    config = get_default_config()
+    with torch.device("meta"):
+        config.MODEL.STRIP_MLP.PATCH_CHANNELS = StripMixingOptions().patch_channels  # 0: by the released rule
+        assert str(build_strip_mlp(config)) == str(StripMLP())
 
 
 def test_drop_path(toy):
@@ -693,9 +671,9 @@ def test_maps_are_channels_last(toy):
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_gradient_of_strips_is_channels_last(axis):
-    """Or what comes before would be slow."""
+    """In another layout, everything before the strips would be slow."""
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = StripMLPLayer(8, 4, axis)(x)
+    y = mix_strips(x, torch.randn(4, 4, 4, 3), torch.randn(4, 4), axis, 2)
     (gradient,) = torch.autograd.grad((y * y).sum(), x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
@@ -789,7 +767,7 @@ def whole_network():
 
 
 def one_block():
-    return StripMLPBlock(16, (8, 6)), (4, 16, 8, 6)
+    return StripMLPBlock(16, (8, 6), StripMixingOptions(), 3, True, 0.0), (4, 16, 8, 6)
 
 
 # Compiling the whole network to machine code takes minutes: its graph is traced and differentiated, and the code is
@@ -836,37 +814,6 @@ def test_cuda(toy):
     assert relative_error(torch.cat([p.grad.flatten() for p in model.parameters()]).cpu(), gradients) < 0.1
 
 
-@torch.no_grad()
-def test_head(toy):
-    images, _ = toy.batch(2)
-    model = toy.model().eval()
-    features = model.forward_features(images)
-    assert features.shape == (2, model.num_features, 2, 2)
-    pooled = model.forward_head(features, pre_logits=True)
-    torch.testing.assert_close(pooled, features.mean(dim=(2, 3)))
-    torch.testing.assert_close(model.forward_head(features), model.get_classifier()(pooled))
-    torch.testing.assert_close(model(images), model.forward_head(features))
-
-    model.reset_classifier(11)
-    assert model.num_classes == model.get_classifier().out_features == 11
-    assert model(images).shape == (2, 11)
-    assert torch.equal(model.forward_features(images), features)
-
-    model.reset_classifier(0)
-    assert model.num_classes == 0
-    torch.testing.assert_close(model(images), pooled)
-
-
-@torch.no_grad()
-def test_no_classes(toy):
-    images, _ = toy.batch(2)
-    model = StripMLP(**{**TOY, "num_classes": 0}).eval()
-    weights = {name: value for name, value in toy.weights.items() if not name.startswith("head.")}
-    model.load_state_dict(checkpoint_filter_fn(weights, model))
-    expected = literal.forward(toy.weights, images, toy.spec)["pooled"]
-    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-4)
-
-
 # Bad arguments
 
 
@@ -906,11 +853,6 @@ def test_unknown_choices(arguments, accepted):
     with pytest.raises(ValueError) as error:
         StripMLP(**{**TOY, **arguments})
     assert all(word in str(error.value) for word in accepted), error.value
-
-
-def test_images_of_another_size(toy):
-    with pytest.raises(ValueError, match=r"32.*64"):
-        toy.model()(torch.zeros(1, 3, 32, 32))
 
 
 def test_frozen_statistics_of_sync_batch_norm():

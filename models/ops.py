@@ -1,0 +1,234 @@
+"""How the layers of Strip-MLP are computed.
+
+Each function is one equation, which its docstring gives as an einsum. Where there is more than one way to compute it,
+the function takes the one that suits the device of its input; `form` names one instead. All forms give the same result
+up to rounding, on any device.
+
+Maps are (N, C, H, W). They stay in `torch.channels_last` throughout: every form reads and writes them in place there.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import fast_layer_norm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether to take the forms that suit a GPU."""
+    return x.is_cuda
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str | None = None) -> Tensor:
+    """1 x 1 convolution.
+
+        y = einsum("oc,nchw->nohw", weight, x) + bias
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C_out, C), or (C_out, C, 1, 1) as convolutions store it.
+        bias: (C_out,).
+        form: "linear", the default on GPUs, or "conv", the default elsewhere: on x86 processors oneDNN's convolutions
+            are about twice as fast as the matrix products of PyTorch's builds unless the processor is Intel's.
+    """
+    if (form or ("linear" if on_gpu(x) else "conv")) == "linear":
+        return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
+
+
+class PointwiseConv(nn.Conv2d):
+    """`pointwise` with the parameters of a convolution. Shape: (N, dim, H, W) -> (N, out_dim, H, W)."""
+
+    def __init__(self, dim: int, out_dim: int, bias: bool = True):
+        super().__init__(dim, out_dim, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+
+class PointwiseLinear(nn.Linear):
+    """`pointwise` with the parameters of a linear layer. Shape: (N, dim, H, W) -> (N, out_dim, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise(x, self.weight, self.bias)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W).
+
+    Under autocast it stays in autocast's dtype. Autocast itself would make its input and output float32, twice the
+    memory. The statistics are computed in float32 either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        # timm's function asks autocast about the device, which fails on the meta device.
+        layer_norm = F.layer_norm if x.is_meta else fast_layer_norm
+        x = x.permute(0, 2, 3, 1)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function(*tensors)`. On GPUs its intermediate results are not kept for the backward pass but computed again
+    there: use it for cheap elementwise steps before a product. CPUs have memory to spare, and the compiler decides for
+    itself."""
+    if not on_gpu(tensors[0]) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def gelu_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(GELU(x)); GELU(x) is recomputed in the backward pass (see `recompute`)."""
+    return recompute(lambda y: conv(F.gelu(y)), x)
+
+
+# Strips
+
+
+def mix_strips(x: Tensor, weight: Tensor, bias: Tensor, axis: str, q: int, form: str | None = None) -> Tensor:
+    """The strip MLP layer. Every token of a row takes from all tokens of its own row and of the (m - 1) / 2 rows above
+    and below it; the same for columns.
+
+        strips[n, j, p, i, w, d] = x[n, j * P + p, i + d - (m - 1) / 2, w], zero outside the map
+        row:    y = einsum("pvwd,njpiwd->njpiv", weight, strips) + bias
+        column: the same with height and width exchanged
+
+    Patch p holds the channels p, P + p, 2 P + p, ... (interleaved). They share its weights.
+
+    Args:
+        x: (N, q P, H, W).
+        weight: (P, L, L, m): patch, output token, input token, offset. L is W for rows, H for columns.
+        bias: (P, L).
+        axis: "row" or "column".
+        q: channels of a patch.
+        form: "matmul", one matrix product per patch, the default on GPUs, which are slow at convolutions of many small
+            groups; or "conv", a convolution with one group per patch, the default elsewhere.
+    """
+    mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[form or ("matmul" if on_gpu(x) else "conv")]
+    if not torch.compiler.is_compiling():  # it chooses the layout of gradients itself
+        x = ChannelsLastGradient.apply(x)
+    x = x.unflatten(1, (q, -1))  # (N, q, P, H, W)
+    # L is the mixed axis, A the one along which the strips lie side by side.
+    x = x.permute(0, 2, 4, 1, 3) if axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
+    y = recompute(mix, x, weight, bias)
+    y = y.permute(0, 4, 2, 3, 1) if axis == "row" else y.permute(0, 2, 4, 3, 1)  # (N, H, W, q, P)
+    return y.flatten(3).permute(0, 3, 1, 2)  # channels_last
+
+
+def _mix_by_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Kernels of (1, m) slide over (q, A), with the tokens of the mixed axis as channels."""
+    y = F.conv2d(
+        x.flatten(1, 2),  # (N, P L, q, A)
+        weight.flatten(0, 1)[:, :, None],  # (P L, L, 1, m)
+        bias.flatten(),
+        padding=(0, weight.shape[-1] // 2),
+        groups=weight.shape[0],
+    )
+    return y.unflatten(1, bias.shape)  # (N, P, L, q, A)
+
+
+def _mix_by_matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(P, L, L m) x (P, L m, N q A)."""
+    m = weight.shape[-1]
+    x = x.permute(1, 2, 0, 3, 4)  # (P, L, N, q, A)
+    strips = F.pad(x, (m // 2, m // 2)).unfold(-1, m, 1)  # (P, L, N, q, A, m)
+    strips = strips.permute(0, 1, 5, 2, 3, 4).flatten(3).flatten(1, 2)  # (P, L m, N q A)
+    y = torch.baddbmm(bias[:, :, None], weight.flatten(2), strips)  # (P, L, N q A)
+    return y.unflatten(2, x.shape[2:]).permute(2, 0, 1, 3, 4)  # (N, P, L, q, A)
+
+
+class ChannelsLastGradient(torch.autograd.Function):
+    """The identity, with a gradient in `torch.channels_last`. The transposed views in `mix_strips` would pass their
+    own layout on, and everything before the layer would be slow in it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def add_positions(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """y[n, c, i, j] = x[n, c, i, j] + table[index[i, j], c], in the dtype of x.
+
+    Args:
+        x: (N, C, H, W).
+        table: (rows, C).
+        index: (H, W), rows of the table.
+    """
+    positions = F.embedding(index, table).permute(2, 0, 1)  # (C, H, W)
+    # Under autocast x is half precision and the table is not: the sum would be promoted to float32.
+    return x + positions.to(x.dtype)
+
+
+def softmax_branches(logits: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
+    """Softmax over branches, per image and channel, in `dtype`. Shape: (N, branches C, 1, 1), where branch b of channel
+    c is at c * branches + b, -> (branches, N, C, 1, 1)."""
+    # Autocast computes the softmax in float32, to which it would then promote the maps that are multiplied by it.
+    weights = logits.unflatten(1, (-1, branches)).softmax(dim=2).to(dtype)  # (N, C, branches, 1, 1)
+    return weights.movedim(2, 0).contiguous()  # dense over the channels, as the maps are
+
+
+# Global response normalisation
+
+
+def grn_linear(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Global response normalisation (ConvNeXt V2, equations 1 to 3), then a linear layer over the channels.
+
+        gx = sqrt(einsum("nchw,nchw->nc", x, x));  nx = gx / (mean of gx over c + 1e-6)
+        y  = einsum("oc,nchw->nohw", weight, gamma * (x * nx) + beta + x) + bias
+
+    The map is the widest of the network, so passes over it are saved: the normalisation is a scale per channel,
+    1 + gamma * nx, and the shift goes through the linear layer, bias + weight @ beta. On GPUs the scaled map is
+    recomputed in the backward pass.
+
+    Args:
+        x: (N, C, H, W).
+        gamma, beta: (C,).
+        weight: (C_out, C).
+        bias: (C_out,).
+    """
+    return recompute(_scaled_linear, x, grn_scale(x, gamma).to(x.dtype), beta, weight, bias)
+
+
+def _scaled_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return pointwise(x * scale, weight, bias + weight @ shift)
+
+
+def grn_scale(x: Tensor, gamma: Tensor) -> Tensor:
+    """1 + gamma * nx of `grn_linear`. Shape: (N, C, H, W) -> (N, C, 1, 1)."""
+    # The compiler fuses the gradient by itself.
+    squares = sum_of_squares(x) if torch.compiler.is_compiling() else SumOfSquares.apply(x)
+    # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.
+    gx = squares.clamp_min(1e-24).sqrt()
+    nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
+    return 1 + gamma[:, None, None] * nx
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """einsum("nchw,nchw->nc", x, x) as (N, C, 1, 1), in at least float32. On the CPU a bfloat16 sum is accumulated in
+    float32 but rounded to bfloat16 once at the end."""
+    if x.dtype == torch.float16:
+        x = x.float()  # float16 ends at 65,504: the square of 256 is beyond it
+    squares = (x * x).sum(dim=(2, 3), keepdim=True)
+    return squares.to(torch.promote_types(squares.dtype, torch.float32))
+
+
+class SumOfSquares(torch.autograd.Function):
+    """`sum_of_squares` with a cheaper gradient: one pass over the map where autograd takes three, and only x is kept,
+    in its own dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return sum_of_squares(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if x.dtype == torch.float16:
+            return (x.float() * (2 * gradient)).half()
+        return x * (2 * gradient).to(x.dtype)
