@@ -56,8 +56,8 @@ def prepare_model(config, model: nn.Module, device: torch.device) -> None:
 
 
 def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Puts the weights of convolutions into the memory format. Other four-dimensional parameters, such as a strip's, are
-    left alone. So are 1 x 1 kernels, which look the same in both formats."""
+    """Puts the weights of convolutions into the memory format. Other four-dimensional parameters (strips) are left
+    alone, and so are 1 x 1 kernels, which look the same in both formats."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
             module.to(memory_format=memory_format)
