@@ -2,6 +2,7 @@
 
 import difflib
 import warnings
+from dataclasses import fields
 
 import timm
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from config import image_size
 from utils import UserError
 
-from .strip_mlp import StripMLP
+from .strip_mlp import StripMixingOptions, StripMLP
 
 
 class ModelError(UserError, ValueError):
@@ -64,8 +65,10 @@ def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> Non
 
 
 def build_strip_mlp(config) -> StripMLP:
-    """`StripMLP` with the arguments of `MODEL.STRIP_MLP`."""
+    """`StripMLP` with the arguments of `MODEL.STRIP_MLP`: a field of `StripMixingOptions` is the key of its name."""
     keys = config.MODEL.STRIP_MLP
+    options = {field.name: keys[field.name.upper()] for field in fields(StripMixingOptions)}
+    options["patch_channels"] = keys.PATCH_CHANNELS or released_patch_channels(keys.EMBED_DIM)
     return StripMLP(
         img_size=image_size(config),
         patch_size=keys.PATCH_SIZE,
@@ -73,15 +76,11 @@ def build_strip_mlp(config) -> StripMLP:
         num_classes=config.MODEL.NUM_CLASSES,
         embed_dim=keys.EMBED_DIM,
         depths=keys.LAYERS,
-        patch_channels=keys.PATCH_CHANNELS or released_patch_channels(keys.EMBED_DIM),
-        strip_width=keys.STRIP_WIDTH,
         alpha=keys.ALPHA,
-        cgsmm_structure=keys.CGSMM_STRUCTURE,
-        branches=keys.BRANCHES,
-        position_tables=keys.POSITION_TABLES,
         multi_scale_shortcuts=keys.MULTI_SCALE_SHORTCUTS,
         grn=keys.GRN,
         drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        **options,
     )
 
 

@@ -174,7 +174,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=REFERENCES)
+def slow_if(condition):
+    return [pytest.mark.slow] if condition else []
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=slow_if(n.endswith("_224"))) for n in REFERENCES])
 def reference(request):
     return Reference(request.param)
 
@@ -184,7 +188,7 @@ def small_reference(request):
     return Reference(request.param)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=slow_if(n in ("tiny-96", "base-64"))) for n in CASES])
 def case(request):
     # In float64 the two implementations agree to about 1e-12, so that no error hides in a tolerance for rounding.
     return Case(CASES[request.param], torch.float64)
@@ -266,6 +270,7 @@ def test_literal_eval(reference):
     reference.check_eval(literal.forward(reference.weights, images, reference.spec))
 
 
+@pytest.mark.slow
 def test_literal_train(reference):
     images, labels = reference.batch(reference.data["train"]["batch"])
     params = reference.leaves()
@@ -319,6 +324,7 @@ def test_pointwise(form):
     torch.testing.assert_close(pointwise(x, weight[:, :, None, None], bias, form=form), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_as_on_gpus(case, checkpointing, monkeypatch):
     """What GPUs compute, in double precision on the CPU: matrix products, and what is computed again in the backward
@@ -395,7 +401,8 @@ def test_size_at_224(variant, num_params, macs):
         check_size(timm.create_model(variant), 224, num_params, macs)
 
 
-# Of T* at 224 x 224, as the README gives them.
+# Of T* at 224 x 224, as the documentation gives them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "num_params", "macs"),
     [
@@ -441,6 +448,7 @@ def test_train(reference):
     reference.check_train(loss, by_released_name(model, reference, gradients_of(model)))
 
 
+@pytest.mark.slow
 def test_adamw(small_reference):
     expected = small_reference.data["train"]["adamw"]
     images, labels = small_reference.batch(small_reference.data["train"]["batch"])
@@ -499,6 +507,7 @@ def test_case_train(case):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("tiny-96", "base-64")])
 def test_case_adamw(name):
     case = Case(CASES[name], torch.float64)
@@ -628,6 +637,7 @@ def test_defaults_of_the_config():
     """A config that sets no option, and a model that is given none, are the same model."""
     config = get_default_config()
     with torch.device("meta"):
+        config.MODEL.NUM_CLASSES = 1000
         config.MODEL.STRIP_MLP.PATCH_CHANNELS = StripMixingOptions().patch_channels  # 0: by the released rule
         assert str(build_strip_mlp(config)) == str(StripMLP())
 
