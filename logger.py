@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from termcolor import colored
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -55,7 +53,7 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
     logger = logging.getLogger(f"{name}.rank{rank}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in logger.handlers[:]:  # one name twice in a process (tests, notebooks): the latest call counts
+    for handler in logger.handlers[:]:  # the name was used before in this process (tests, notebooks): start anew
         logger.removeHandler(handler)
         handler.close()
     if rank == 0:
@@ -64,7 +62,7 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
         console.addFilter(lambda record: not hasattr(record, "file_only"))
         logger.addHandler(console)
     else:
-        alarm = logging.StreamHandler()  # what only this rank has met must not stay in its file
+        alarm = logging.StreamHandler()  # a warning that only this rank gives must be seen
         alarm.setLevel(logging.WARNING)
         alarm.addFilter(lambda record: not hasattr(record, "file_only") and not hasattr(record, "all_ranks"))
         alarm.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s: %(message)s"))
@@ -77,7 +75,7 @@ def create_logger(name: str, rank: int = 0, folder: Path | None = None) -> loggi
 
 
 def json_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics with None for what JSON has no number for: the loss where no image could be read."""
+    """The metrics with None for NaN and infinity, which JSON lacks (the loss if no image could be read)."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
@@ -89,12 +87,12 @@ class MetricsLog:
 
     Args:
         folder: the run's folder.
-        done: epochs that are done; lines of later ones, left by a run that was killed before it could save its
-            checkpoint, are removed, because those epochs are about to be trained again.
+        done: epochs that are done. Lines of later epochs are removed: a run that was killed before it could save its
+            checkpoint leaves them, and those epochs are trained again.
     """
 
     def __init__(self, folder: Path, done: int, logger: logging.Logger):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0 alone needs it
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
@@ -127,20 +125,18 @@ class MetricsLog:
         self._tensorboard.flush()
 
     def write_images(self, title: str, images: Tensor) -> None:
-        """Shows images (N, 3, H, W), normalised as in training, of which at most 64, in TensorBoard; as epoch 0, which
-        no run trains again."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        shown = (images[:64].float().cpu() * std + mean).clamp(0, 1)
-        self._tensorboard.add_image(title, make_grid(shown, nrow=8, pad_value=1.0), 0)
+        """Shows the first 64 of images (N, 3, H, W), 0 to 1, in TensorBoard. They are filed under epoch 0, which no run
+        trains again."""
+        self._tensorboard.add_image(title, make_grid(images[:64], nrow=8, pad_value=1.0), 0)
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
-        """Shows how the values of each of the weights are distributed, in TensorBoard."""
+        """Shows the distribution of each weight's values in TensorBoard."""
         for name, weight in weights.items():
-            # TensorBoard's own bins, over a thousand, would be most of the file.
+            # TensorBoard's default, over a thousand bins, would make up most of the file.
             self._tensorboard.add_histogram(f"{title}/{name}", weight.detach().float().cpu(), epoch, bins=64)
 
     def write_hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """A run's config and what came of it, for TensorBoard's table of hyper-parameters, which compares runs."""
+        """A run's config and final metrics, for TensorBoard's table of hyper-parameters, which compares runs."""
         values = {
             key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()
         }

@@ -24,13 +24,13 @@ class UserError(Exception):
 
 
 def run_entry_point(main: Callable[[], None]) -> None:
-    """Runs `main`; a `UserError` becomes one message on stderr and its exit status, Ctrl-C status 130."""
+    """Runs `main`. A `UserError` becomes one message on stderr and its exit status; Ctrl-C becomes status 130."""
     try:
         main()
     except UserError as error:
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         message = str(error)
-        if message.startswith("Caught "):  # in a loader process, whose traceback PyTorch puts before the message
+        if message.startswith("Caught "):  # in a loader process: PyTorch puts its traceback before the message
             message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
         print(f"{rank}error: {message}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
@@ -38,10 +38,10 @@ def run_entry_point(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     finally:
-        # Loader processes are deaf to the SIGTERM with which Python ends those of an error that still holds them.
+        # Loader processes ignore the SIGTERM with which Python would end them.
         children = multiprocessing.active_children()
         if children:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise about each of them
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for each of them
         for child in children:
             child.kill()
 
@@ -70,16 +70,18 @@ def shorten(names: Sequence[str], most: int = 5) -> str:
 
 
 def seed_all(*position: int, cuda: bool = True) -> None:
-    """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank); without
-    those of CUDA devices, which take longer, if `cuda` is False.
+    """Seeds Python's, NumPy's and PyTorch's generators from a position such as (seed, epoch, step, rank).
 
-    Positions that differ give independent streams, so that what is drawn at a position does not depend on what was
-    drawn before it: a resumed run draws what an uninterrupted one does.
+    Different positions give independent streams. What is drawn at a position does not depend on what was drawn before
+    it, so a resumed run draws what an uninterrupted one does.
+
+    Args:
+        cuda: whether to seed those of CUDA devices too, which takes longer.
     """
     import numpy as np
     import torch
 
-    # With its length, because SeedSequence takes (0,) and (0, 0) for the same.
+    # The length is part of it: SeedSequence does not distinguish (0,) and (0, 0).
     words = np.random.SeedSequence((len(position), *position)).generate_state(4)
     random.seed(int(words[0]))
     np.random.seed(words[1])
@@ -87,14 +89,12 @@ def seed_all(*position: int, cuda: bool = True) -> None:
 
 
 def process_runs(process: int) -> bool:
-    """Whether there is a process of that number on this machine, be it stopped."""
+    """Whether a process of that number exists on this machine, even if it is stopped."""
+    import psutil
+
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:  # someone else's
-        return True
-    try:  # one that has ended keeps its number until its parent asks for its status
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # no Linux
+    except psutil.AccessDenied:  # someone else's
         return True

@@ -1,8 +1,15 @@
 """Data: sources of labelled images, transforms, loaders."""
 
-from .build import build_eval_loader, build_sources, build_train_loader, check_num_classes, digit_sources
+from .build import (
+    build_eval_loader,
+    build_sources,
+    build_train_loader,
+    check_num_classes,
+    digit_sources,
+    with_class_count,
+)
 from .dataset import Sample
-from .device import build_batch_transform, build_normalize
+from .device import build_batch_transform, build_normalize, denormalize
 from .transforms import build_mixup
 
 __all__ = [
@@ -14,5 +21,7 @@ __all__ = [
     "build_sources",
     "build_train_loader",
     "check_num_classes",
+    "denormalize",
     "digit_sources",
+    "with_class_count",
 ]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader
 from torchvision import datasets
+from yacs.config import CfgNode
 
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
@@ -30,7 +31,7 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     """The sources of `config.DATA`.
 
     Raises:
-        DataError: the data is missing, empty, cannot be downloaded, or its two halves have different classes.
+        DataError: the data is missing, empty, cannot be downloaded, or training and validation have different classes.
     """
     name = config.DATA.DATASET
     if name == "digits":
@@ -57,7 +58,7 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
 
 
 def select(source: Source, classes: str, per_class: int = 0, seed: int = 0) -> Source:
-    """The samples of a source that the config asks for; the source itself where that is all of them.
+    """The samples of a source that the config asks for; the source itself if that is all of them.
 
     Args:
         classes: "all", names separated by commas, or a .txt file with a name per line (`DATA.CLASSES`).
@@ -111,6 +112,19 @@ def check_num_classes(config, source: Source) -> int:
             f"{found} classes; set MODEL.NUM_CLASSES to {found}, or to 0 to take it from the data"
         )
     return found
+
+
+def with_class_count(config, source: Source) -> CfgNode:
+    """The config with `MODEL.NUM_CLASSES` as the data has it; frozen.
+
+    Raises:
+        DataError: the config asks for another number.
+    """
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = check_num_classes(config, source)
+    config.freeze()
+    return config
 
 
 def build_train_loader(config, source: Source, world: World) -> DataLoader:

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.sources import DataError, Source
+from data.sources import DataError, Source, class_names
 from utils import seed_all
 
-# Files tried in place of an unreadable one: after so many in a row, the data set is broken rather than blemished.
+# Files tried in place of an unreadable one. If so many in a row cannot be read, the data set is broken.
 MOST_REPLACEMENTS = 32
 
 
@@ -33,8 +33,8 @@ class Sample(NamedTuple):
 class ClassificationDataset(Dataset):
     """Samples of a source, transformed.
 
-    An unreadable file in training is replaced by the next one in the list; in evaluation it comes as a black image
-    that must not be counted as correct. Either way `readable` is False.
+    In training, an unreadable file is replaced by the next one in the list. In evaluation it comes as a black image,
+    which must not be counted as correct. In both cases `readable` is False.
 
     Items are keyed by (epoch, index), which the samplers below give.
     """
@@ -78,16 +78,25 @@ class ClassificationDataset(Dataset):
             image = self.transform(image)
         return Sample(image, self.source.targets[chosen], index, chosen == index)
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in label order, printable; empty if the data has none."""
+        return class_names(self.source)
+
+    def name(self, index: int) -> str:
+        """What a person would look for to find sample `index`: its path."""
+        return self.source.name(index)
+
     def _load(self, index: int) -> Image.Image | None:
         try:
             return self.source.load(index)
         except OSError:
-            return None  # counted and named by the engine, from Sample.readable
+            return None  # `UnreadableFiles` counts and names it, from Sample.readable
 
 
 class _random_state_kept:
-    """Puts the generators of Python, NumPy and PyTorch back: without loader processes, samples are transformed
-    between the steps of training, which draw from the same ones."""
+    """Restores the generators of Python, NumPy and PyTorch at the end: without loader processes, samples are
+    transformed between training steps, which draw from the same generators."""
 
     def __enter__(self) -> None:
         self.state = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -99,8 +108,8 @@ class _random_state_kept:
 
 
 class TrainSampler(Sampler):
-    """A random order of all samples in each epoch, dealt to the processes; each gets the same number, the remainder
-    is left out of the epoch.
+    """A random order of all samples in each epoch, dealt to the processes. Each gets the same number; the remainder is
+    left out of the epoch.
 
     Args:
         sharded: each process draws from samples rank, rank + size, ... only, which it can keep in memory.

@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 class Normalize:
-    """(x / 255 - mean) / std with ImageNet's statistics, in the order and precision of torchvision's ToTensor and
-    Normalize, whose result it gives to the last bit.
+    """(x / 255 - mean) / std with ImageNet's statistics, bit for bit as torchvision's ToTensor and Normalize give it.
 
     Args:
         memory_format: of the result.
@@ -16,13 +15,13 @@ class Normalize:
 
     def __init__(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format):
         self.memory_format = memory_format
-        # A tensor, because CUDA multiplies by the reciprocal of a number, which is not always the quotient.
+        # A tensor: CUDA divides by a plain number by multiplying with its reciprocal, which rounds differently.
         self.largest = torch.tensor([255.0], device=device)
         self.mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device)[:, None, None]
         self.std = torch.tensor(IMAGENET_DEFAULT_STD, device=device)[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 3, S, S) as float32, a new tensor. Those of floating point are taken as normalised and come
+        """uint8 images (N, 3, H, W) as float32, a new tensor. Images of floating point are normalised already and come
         back as they are."""
         if images.is_floating_point():
             return images
@@ -30,12 +29,18 @@ class Normalize:
         return images.div_(self.largest).sub_(self.mean).div_(self.std)
 
 
-class BatchTransform:
-    """A batch of training: uint8 images (N, 3, S, S) and labels (N,) on the device, to what the model is given and
-    its targets, which are soft, (N, classes), with mixup.
+def denormalize(images: Tensor) -> Tensor:
+    """The inverse of `Normalize`, for pictures: (N, 3, H, W) float32 on the CPU, clipped to 0 to 1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images.float().cpu() * std + mean).clamp(0, 1)
 
-    What it draws comes of Python's, NumPy's and PyTorch's generators, the device's one included, and nothing of it
-    waits for the device (but for mixup in the modes pair and elem). Images of floating point may be changed in place.
+
+class BatchTransform:
+    """Training batches: uint8 images (N, 3, H, W) and labels (N,) on the device to the model's input and its targets,
+    which are soft, (N, classes), with mixup.
+
+    It draws from Python's, NumPy's and PyTorch's generators, the device's included. It does not wait for the device,
+    except for mixup in the modes pair and elem. Images of floating point may be changed in place.
     """
 
     def __init__(self, normalize: Normalize, erasing: RandomErasing | None = None, mixup: Mixup | None = None):
@@ -51,12 +56,12 @@ class BatchTransform:
 
 
 def build_normalize(config, device: torch.device) -> Normalize:
-    """What training and evaluation do to their images first, in the memory format that the model is to be fed."""
+    """The first step of training and evaluation, with the memory format that the config asks for."""
     return Normalize(device, torch.channels_last if config.TRAIN.CHANNELS_LAST else torch.contiguous_format)
 
 
 def build_batch_transform(config, mixup: Mixup | None, device: torch.device) -> BatchTransform:
-    """What training does to its batches, as the recipe sets it."""
+    """Normalisation, random erasing and mixup as the config sets them."""
     erasing = None
     if config.AUG.REPROB > 0:
         erasing = RandomErasing(config.AUG.REPROB, mode=config.AUG.REMODE, max_count=config.AUG.RECOUNT, device=device)

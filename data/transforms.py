@@ -1,5 +1,5 @@
-"""Augmentation and preprocessing of single images, timm's, as the recipe sets it: images to (3, H, W) uint8 tensors.
-`device.py` has what is done to batches of them."""
+"""Augmentation and preprocessing of single images with timm's transforms: images to (3, H, W) uint8 tensors, and mixup.
+`device.py` has what is done to batches."""
 
 import random
 from collections.abc import Callable
@@ -17,22 +17,22 @@ from config import ConfigError, image_size
 
 
 def posterize(image: Image.Image, bits: int, **options) -> Image.Image:
-    """timm's operation, which may be asked to keep 0 bits: black, as Pillow gave before version 13 made it an error."""
+    """timm's operation, which may ask for 0 bits. Pillow 13 made that an error; here it is black, as before."""
     return Image.new(image.mode, image.size) if bits == 0 else auto_augment.posterize(image, bits, **options)
 
 
 auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), posterize))
 
-# Up to this IMG_SIZE, images are small to begin with: a random resized crop or a centre crop would lose much of them.
+# Up to this IMG_SIZE, a random resized crop or a centre crop would lose too much of the image.
 SMALL_IMAGE = 32
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's, with the same draws; resized by PyTorch where that is faster, giving Pillow's result but for rounding
-    (on photographs, by at most 2 of 255 levels)."""
+    """timm's, with the same draws. PyTorch does the resizing where it is faster; on photographs the result differs from
+    Pillow's by at most 2 of 255 levels."""
 
-    # With AVX2, PyTorch's antialiased resize of uint8 images, to tensor and back, takes half the time of Pillow's;
-    # elsewhere it may take longer. tools/benchmark_data.py measures both.
+    # With AVX2, PyTorch's antialiased resize of uint8 images, with the conversion to a tensor and back, takes half the
+    # time of Pillow's. Elsewhere it may take longer. `python tools/benchmark.py --data` measures both.
     by_torch = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -41,7 +41,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
             random.choice(self.interpolation) if isinstance(self.interpolation, tuple | list) else self.interpolation
         )
         crop = image.crop((left, top, left + width, top + height))
-        if not self.by_torch or method == InterpolationMode.NEAREST:  # of which PyTorch has another notion
+        if not self.by_torch or method == InterpolationMode.NEAREST:  # PyTorch picks other pixels
             return F.resize(crop, self.size, method)
         resized = F.resize(F.pil_to_tensor(crop), self.size, method, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
@@ -85,7 +85,7 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         resize = [transforms.Resize(size, interpolation=whole)]
     else:
         cover = int(256 / 224 * height), int(256 / 224 * width)
-        # Of a square, the shorter side of the image is resized to it; of any other, the one that would not cover it.
+        # For a square, the shorter side of the image decides. For a rectangle, the side that would not cover it does.
         smallest = transforms.Resize(cover[0], interpolation=whole)
         if height != width:
             smallest = ResizeKeepRatio(cover, interpolation=interpolation)
@@ -94,8 +94,8 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
 
 
 def build_mixup(config, num_classes: int) -> Mixup | None:
-    """timm's mixup / cutmix on batches, (images, labels) -> (images, soft targets); None where both are off. Label
-    smoothing is part of its soft targets.
+    """timm's mixup / cutmix on batches, (images, labels) -> (images, soft targets), or None if both are off. Its soft
+    targets include label smoothing.
 
     Raises:
         ConfigError: a batch size that is odd.

@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: such steps are skipped, counted and named, and end a run if they go on."""
+"""Losses and gradients that are not finite: such steps are skipped, counted and named, and end a run if they go on."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from logging import Logger
 import torch
 from torch import Tensor, nn
 
+from engine.state import TrainingState, training_buffers
 from logger import ALL_RANKS
+from optimizer import learning_rate
 from utils import UserError
 
 MOST_NAMED_STEPS = 20  # skipped steps named per epoch; all are counted
@@ -18,8 +20,8 @@ class NonFiniteError(UserError):
 
 
 def build_scaler(amp: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for float16. For other precisions a scale that is always 1, because a GradScaler also skips steps
-    with a non-finite gradient on the device, where nothing has to wait for the host (see `update_scaler`)."""
+    """Loss scaling for float16. For other precisions the scale is always 1 (see `update_scaler`): a GradScaler also
+    skips steps with a gradient that is not finite, on the device, without waiting for the host."""
     if amp == torch.float16:
         return torch.amp.GradScaler(device.type)
     return torch.amp.GradScaler(device.type, init_scale=1.0)
@@ -31,20 +33,14 @@ def update_scaler(scaler: torch.amp.GradScaler, amp: torch.dtype | None) -> None
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The loss, unchanged in value and gradient if it is finite; otherwise with a gradient of NaN. Averaging gradients
-    over processes then tells all of them, also where only one has met the loss."""
+    """The loss. If it is finite, value and gradient are unchanged. If not, its gradient is NaN: averaging gradients
+    over the processes then tells all of them, even if only one has met it."""
     return loss * (1 + 0 * loss.detach())
 
 
-def training_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What forward passes change (running statistics): the entries of the state dict that are no parameters."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in model.state_dict().items() if name not in parameters}
-
-
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float, scaler: torch.amp.GradScaler) -> Tensor:
-    """Clips the gradients, still scaled, by their global norm, and makes all of them NaN if that is not finite: so what
-    the scaler skips is what the norm says.
+    """Clips the gradients, still scaled, by their global norm. If that is not finite, all of them become NaN, so that
+    the scaler skips exactly the steps whose norm is not finite.
 
     Args:
         max_norm: 0 for no clipping.
@@ -56,7 +52,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, scaler: torc
     norm = nn.utils.get_total_norm(gradients)
     norm = norm / scaler.scale(torch.ones_like(norm))
     norm = norm.masked_fill(~norm.isfinite(), float("nan"))
-    # Clipping multiplies by a quotient of norms, whatever the scale.
+    # Clipping multiplies by a quotient of norms, so the scale does not matter.
     nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
     return norm
 
@@ -76,13 +72,14 @@ class Statistics:
         return torch.cat([value.flatten() for value in group])
 
     def keep_if(self, finite: Tensor) -> None:
-        """Keeps those of now if the step was `finite` (a bool scalar), else puts the kept ones back."""
+        """Keeps the present ones if the step was `finite` (a bool scalar), else puts the kept ones back."""
         self._kept = [
             torch.where(finite, self._flat(group), kept) for group, kept in zip(self._groups, self._kept, strict=True)
         ]
         self.restore()
 
     def restore(self) -> None:
+        """Puts the kept ones back."""
         for group, kept in zip(self._groups, self._kept, strict=True):
             parts = kept.split([value.numel() for value in group])
             parts = [part.view_as(value) for part, value in zip(parts, group, strict=True)]
@@ -91,7 +88,7 @@ class Statistics:
 
 @dataclass
 class Step:
-    """One optimizer step as the host remembers it until the device's numbers are asked for."""
+    """One optimizer step as the host remembers it until it looks at the device's numbers."""
 
     number: int  # in the epoch, from 0
     lr: float
@@ -99,19 +96,52 @@ class Step:
     grad_norm: Tensor  # scalar, NaN if the step was skipped
     samples: list[Tensor]  # of its passes, (N,): indices into the training data
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether it was taken, a bool scalar on the device."""
+        return self.grad_norm.isfinite()
+
 
 class FiniteGuard:
-    """Counts the steps that were not finite, over one epoch, in `state.progress`; names them, and ends a run in which
-    too many follow each other."""
+    """Takes the optimizer steps of one epoch: loss check, clipping, loss scaling, and skipping what is not finite.
 
-    def __init__(self, config, state, logger: Logger):
+    A step that is skipped leaves no trace in weights, optimizer or running statistics. It is counted in `progress` and
+    named in the log. Nothing waits for the device except `check`.
+    """
+
+    def __init__(self, config, state: TrainingState, logger: Logger):
+        self.optimizer, self.scaler, self.amp = state.optimizer, state.scaler, state.amp
         self.progress, self.epoch, self.logger = state.progress, state.epoch, logger
-        self.most_in_row = config.TRAIN.MAX_SKIPPED_STEPS
-        self.precision = str(state.amp or torch.float32).removeprefix("torch.")
+        self.max_norm, self.most_in_row = config.TRAIN.CLIP_GRAD, config.TRAIN.MAX_SKIPPED_STEPS
+        self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        self._statistics = Statistics(state.model)
+        self._losses: list[Tensor] = []
+        self._samples: list[Tensor] = []
         self._pending: list[Step] = []
 
-    def note(self, step: Step) -> None:
+    def backward(self, loss: Tensor, passes: int, samples: Tensor) -> None:
+        """The backward pass of one of the `passes` of a step; `samples` (N,) are its indices, for messages."""
+        self.scaler.scale(poison(loss) / passes).backward()
+        self._losses.append(loss.detach())
+        self._samples.append(samples)
+
+    def step(self, number: int) -> Step:
+        """The optimizer step number `number` of the epoch, from the gradients of the passes since the last one."""
+        grad_norm = clip_gradients(self._parameters, self.max_norm, self.scaler)
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)  # not if a gradient is not finite
+        update_scaler(self.scaler, self.amp)
+        self.optimizer.zero_grad(set_to_none=True)
+        step = Step(number, learning_rate(self.optimizer), self._losses, grad_norm, self._samples)
+        self._losses, self._samples = [], []
+        self._statistics.keep_if(step.finite)
         self._pending.append(step)
+        return step
+
+    def abandon(self) -> None:
+        """Undoes the passes of a step that will not be taken."""
+        self._statistics.restore()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def check(self) -> None:
         """Waits for the device and looks at the steps since the last call.
@@ -129,13 +159,14 @@ class FiniteGuard:
                 continue
             self.progress.skipped += 1
             self.progress.skipped_in_row += 1
-            self._tell(step, norm)
+            self._report(step, norm)
 
-    def _tell(self, step: Step, norm: float) -> None:
+    def _report(self, step: Step, norm: float) -> None:
         losses = [loss.item() for loss in step.losses]
         loss = next((value for value in losses if not math.isfinite(value)), losses[-1])
         where = f"epoch {self.epoch + 1} step {step.number + 1}"
-        numbers = f"loss {loss}, gradient norm {norm}, lr {step.lr:.3e}, {self.precision}"
+        precision = str(self.amp or torch.float32).removeprefix("torch.")
+        numbers = f"loss {loss}, gradient norm {norm}, lr {step.lr:.3e}, {precision}"
         samples = " ".join(str(i) for indices in step.samples for i in indices.tolist())
         if self.progress.skipped_in_row > self.most_in_row:
             raise NonFiniteError(

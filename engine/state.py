@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had not stopped, in memory and as a checkpoint's content."""
+"""What a run needs to go on as if it had not stopped: in memory, and as the content of a checkpoint."""
 
 import uuid
 from dataclasses import dataclass, field
@@ -11,11 +11,16 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from config import leaves
-from engine.finite import training_buffers
 from logger import ALL_RANKS
 from optimizer import load_optimizer_state
 from runtime.checkpoint import FORMAT, CheckpointError, load_weights
 from runtime.distributed import World, gather_rows
+
+
+def training_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What forward passes change (running statistics): the entries of the state dict that are not parameters."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
 def _zeros() -> Tensor:
@@ -38,12 +43,12 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """What changes in training. The learning rate and everything random depend on the position alone.
+    """What changes in training. Learning rates and everything random depend on the position alone.
 
     Attributes:
         model: not wrapped.
         amp: dtype of mixed precision, None for full precision.
-        classes: their names, for whoever uses the checkpoint without the data.
+        classes: their names, for use of the checkpoint without the data.
         ema: moving average of the model's weights and statistics, if any.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
@@ -62,7 +67,7 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
 
     def capture(self, config, images: int, world: World) -> dict[str, Any]:
-        """The content of a checkpoint. To be called by all processes: what is each process's own is gathered.
+        """The content of a checkpoint. All processes must call it: what differs between them is gathered.
 
         Args:
             images: in the training data, to notice when it has changed.
@@ -75,7 +80,8 @@ class TrainingState:
         ranks = gather_rows(torch.tensor(own, dtype=torch.float64, device=world.device), world)
         buffers = None
         if world.distributed and progress.step > 0 and not progress.trained:
-            # Inside an epoch each process has running statistics of its own; whoever evaluates this gets the mean.
+            # Inside an epoch each process has running statistics of its own. Whoever evaluates the checkpoint gets the
+            # mean.
             mine = self._statistics()
             if mine:
                 buffers = gather_rows(torch.cat([value.flatten().double() for value in mine.values()]), world)
@@ -113,7 +119,7 @@ class TrainingState:
     def restore_rest(
         self, content: dict[str, Any], path: Path, config, images: int, steps: int, world: World, logger: Logger
     ) -> None:
-        """Takes over all but the weights from a checkpoint (`load_weights` has put those into the model).
+        """Takes over everything but the weights from a checkpoint. (`load_weights` has put those into the model.)
 
         Args:
             content: what `read_training_state` gave for `path`.
@@ -131,35 +137,9 @@ class TrainingState:
             load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:
             self.scaler.load_state_dict(content["scaler"])
-        self.epoch = content["epoch"]
-        self.best = dict(content["best"])
-        saved = content["progress"]
-        progress = self.progress = Progress(
-            skipped=saved["skipped"], skipped_in_row=saved["skipped_in_row"], seconds=saved["seconds"]
-        )
+        self.epoch, self.best = content["epoch"], dict(content["best"])
         processes = content["processes"] or world.size  # format 1 does not say
-        if processes == world.size and len(saved["losses"]) == processes:
-            progress.losses = saved["losses"][world.rank].clone()
-            progress.unreadable = int(saved["unreadable"][world.rank])
-            if saved["buffers"] is not None:
-                # Those of the moving average come after the model's, if that run had one.
-                sections = [key for key in ("model", "model_ema") if key in content]
-                own, mine = training_buffers(self.model), self._statistics()
-                like = {(key, name): value for key in sections for name, value in own.items()}
-                elements = sum(value.numel() for value in like.values())
-                if saved["buffers"].shape[1] != elements:
-                    found = saved["buffers"].shape[1]
-                    raise CheckpointError(f"{path}: has {found} running statistics, but the model {elements}")
-                for key, value in _split(saved["buffers"][world.rank], like).items():
-                    if not value.isfinite().all():  # in the model's precision
-                        raise CheckpointError(f"{path}: the running statistics {key[1]} are not finite numbers")
-                    if key in mine:
-                        mine[key].copy_(value)
-        elif world.is_main:
-            progress.losses = saved["losses"].sum(dim=0)
-            progress.unreadable = int(saved["unreadable"].sum())
-        progress.losses = progress.losses.to(world.device)
-        progress.trained = saved["trained"]
+        self._restore_progress(content, path, processes, world)
         if content["images"] not in (None, images):
             logger.warning(
                 f"the training data had {content['images']} images, has {images}: the samples come in another order",
@@ -167,13 +147,48 @@ class TrainingState:
             )
         before = global_batch(content["config"], processes)
         now = global_batch(leaves(config), world.size)
-        progress.step = steps if progress.trained else min(saved["step"] * before // now, steps)
+        done = content["progress"]["step"] * before // now
+        self.progress.step = steps if self.progress.trained else min(done, steps)
         if before != now:
             logger.warning(
                 f"the global batch was {before} images ({processes} processes), is {now} ({world.size}): "
                 "the learning rates change with it, and the run will not end as it would have",
                 extra=ALL_RANKS,
             )
+
+    def _restore_progress(self, content: dict[str, Any], path: Path, processes: int, world: World) -> None:
+        """All but the number of steps, which depends on the batch size."""
+        saved = content["progress"]
+        progress = self.progress = Progress(
+            trained=saved["trained"],
+            skipped=saved["skipped"],
+            skipped_in_row=saved["skipped_in_row"],
+            seconds=saved["seconds"],
+        )
+        if processes == world.size and len(saved["losses"]) == processes:
+            progress.losses = saved["losses"][world.rank].clone()
+            progress.unreadable = int(saved["unreadable"][world.rank])
+            if saved["buffers"] is not None:
+                self._restore_statistics(content, path, saved["buffers"][world.rank])
+        elif world.is_main:  # another number of processes: one of them counts for all
+            progress.losses = saved["losses"].sum(dim=0)
+            progress.unreadable = int(saved["unreadable"].sum())
+        progress.losses = progress.losses.to(world.device)
+
+    def _restore_statistics(self, content: dict[str, Any], path: Path, row: Tensor) -> None:
+        """This process's own running statistics, from one vector."""
+        # Those of the moving average follow the model's, if that run had one.
+        sections = [key for key in ("model", "model_ema") if key in content]
+        own, mine = training_buffers(self.model), self._statistics()
+        like = {(key, name): value for key in sections for name, value in own.items()}
+        elements = sum(value.numel() for value in like.values())
+        if len(row) != elements:
+            raise CheckpointError(f"{path}: has {len(row)} running statistics, but the model {elements}")
+        for key, value in _split(row, like).items():
+            if not value.isfinite().all():  # in the model's precision
+                raise CheckpointError(f"{path}: the running statistics {key[1]} are not finite numbers")
+            if key in mine:
+                mine[key].copy_(value)
 
 
 def global_batch(values: dict[str, Any], processes: int) -> int:

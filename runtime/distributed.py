@@ -1,10 +1,12 @@
-"""The process group: one process or many, whoever launched them, on CUDA (NCCL) or CPU (gloo)."""
+"""The process group: one process or many, under any launcher, on CUDA (NCCL) or the CPU (gloo)."""
 
+import inspect
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils import UserError
 
-# How long processes wait for each other at least: longer than a download or filling a cache takes.
+# How long processes wait for each other at least. Downloading data or filling a cache takes less.
 TIMEOUT = timedelta(hours=1)
 
 
@@ -27,8 +31,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
-    host_group: dist.ProcessGroup | None = None  # for what is on the CPU; None: the default group
-    attempt: str = ""  # of several processes, a name for this start of the job
+    host_group: dist.ProcessGroup | None = None  # for tensors on the CPU; None: the default group
+    attempt: str = ""  # a name for this start of the job, if there are several processes
 
     @property
     def is_main(self) -> bool:
@@ -44,7 +48,7 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        local_rank: what an old launcher passed as an argument; LOCAL_RANK in the environment goes first.
+        local_rank: what an old launcher passed as an argument; LOCAL_RANK in the environment takes precedence.
         timeout: how long processes wait for each other.
 
     Raises:
@@ -70,8 +74,8 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
 
     host_group, attempt = None, ""
     if size > 1:
-        # torchrun keeps its store over restarts. Without a prefix for each (PyTorch 2.15 has none), a process may find
-        # the addresses of those that were killed there, and fail or wait for them.
+        # torchrun keeps its store over restarts. Without a prefix for each start (PyTorch 2.15 has none), a process may
+        # find the addresses of processes that were killed, and fail or wait for them.
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         attempt = _agree_on_attempt(store, rank, size, timeout)
         store = dist.PrefixStore(attempt, store)
@@ -85,8 +89,8 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
 
 
 def _agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
-    """A name that rank 0 draws for this start of the job and tells the others, through a store in which earlier starts
-    left their keys. (torchrun's restart count is of each machine, not of the job.)
+    """A name for this start of the job. Rank 0 draws it and tells the others, through a store that still has the keys
+    of earlier starts. (torchrun counts restarts per machine, not per job.)
 
     Raises:
         UserError: a process does not come.
@@ -111,16 +115,16 @@ def _agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: timedelt
 def close_world(world: World) -> None:
     """Leaves the process group."""
     if world.distributed:
-        # Gloo's threads need the interpreter to let go of their last tensors. Older versions of PyTorch (2.6) hold it
-        # while they wait for the threads to end, for ever.
+        # Gloo's threads need the interpreter to release their last tensors. PyTorch 2.6 holds it while it waits for the
+        # threads to end, and so can wait for ever.
         time.sleep(0.1)
         dist.destroy_process_group()
 
 
 @contextmanager
 def main_process_first(world: World) -> Iterator[None]:
-    """The main process runs the body while the others wait, then the first process of every other machine, then all:
-    for downloads into a folder that the machines may or may not share."""
+    """The main process runs the body first, then the first process of every other machine, then all others: for
+    downloads into a folder that the machines may or may not share."""
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
     for _ in range(turn if world.distributed else 0):
         dist.barrier()
@@ -137,9 +141,24 @@ def from_main(value: Any, world: World) -> Any:
     return values[0]
 
 
+def on_main(function: Callable[[], Any], world: World) -> Any:
+    """What `function` returns on the main process, on all of them. If it raises a UserError there, all raise one: a
+    launcher ends the others as soon as one process has ended, so none may go on alone."""
+    value = failure = None
+    if world.is_main:
+        try:
+            value = function()
+        except UserError as error:
+            failure = error
+    value, message = from_main((value, failure and str(failure)), world)
+    if message:
+        raise failure or UserError(message)
+    return value
+
+
 def sum_on_host(values: Sequence[int], world: World) -> list[int]:
-    """Sums of whole numbers over all processes, without a word to the device: what the processes' Python code has to
-    agree on."""
+    """Sums of whole numbers over all processes, for what their Python code has to agree on. The device is not
+    involved."""
     if not world.distributed:
         return list(map(int, values))
     sums = torch.tensor(values, dtype=torch.int64)
@@ -166,10 +185,10 @@ def all_reduce_sum(values: torch.Tensor, world: World) -> torch.Tensor:
 
 @contextmanager
 def lost_processes_named() -> Iterator[None]:
-    """Inside, what the backends raise when another process has gone becomes a UserError."""
+    """Inside, what the backends raise when another process has ended becomes a UserError."""
     try:
         yield
-    except RuntimeError as error:  # gloo raises nothing more special
+    except RuntimeError as error:  # gloo raises nothing more specific
         found = re.search(r"connection (closed|reset|refused)[^.\n]*|broken pipe", str(error), re.IGNORECASE)
         if found is None or not ("gloo/transport" in str(error) or isinstance(error, dist.DistError)):
             raise
@@ -177,3 +196,31 @@ def lost_processes_named() -> Iterator[None]:
             f"lost the connection to another process ({found[0]}), which has ended: its own message says why; the same "
             "command goes on from the last checkpoint"
         ) from error
+
+
+def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
+    """The model as training calls it: under DistributedDataParallel if there are several processes, else itself.
+
+    All processes start with rank 0's weights and running statistics. Afterwards each has running statistics of its own.
+    """
+    if not world.distributed:
+        return model
+    on_cpu = world.device.type == "cpu"
+    # Running statistics are averaged once per epoch instead of being sent from rank 0 at each step. The argument that
+    # says so changed its name in PyTorch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=None if on_cpu else [world.local_rank],
+        gradient_as_bucket_view=True,
+        # All parameters are used. But while it looks for unused ones, it does not rearrange its buckets after the first
+        # step. From three processes on, the place in a bucket decides the order in which gradients are summed, so that
+        # a resumed run would differ in the last bit. On GPUs sums are not reproducible anyway: save the time.
+        find_unused_parameters=on_cpu,
+        **no_broadcast,
+    )
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    if compiled:  # the compiler's gradients of 1 x 1 kernels have other strides in dimensions of one element
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return wrapped

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time in it, its checkpoints, which of them to go on from and which to keep."""
+"""A run's folder: who may write there, which checkpoint to go on from, which ones to keep."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ from runtime.checkpoint import (
     read_training_state,
     save_checkpoint,
 )
-from runtime.distributed import World, from_main
+from runtime.distributed import World, on_main
 from utils import UserError, process_runs, writing_to
 
 LOCK = "run.lock"
@@ -47,8 +47,8 @@ class RunFolder:
         self._saved = time.monotonic()
 
     def checkpoints(self) -> list[Path]:
-        """Those of a run that are there, in the order in which it goes on from them: last.pth, the one before it, then
-        from the newest file."""
+        """The checkpoints in the folder, in the order in which a run goes on from them: last.pth, the one before it,
+        then the others, the newest file first."""
         others = [path for path in (*(path for _, path in self._epochs()), self.path / "best.pth") if path.is_file()]
         others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         return [path for path in (self.last, self.previous) if path.is_file()] + others
@@ -63,11 +63,11 @@ class RunFolder:
         return [(int(match[1]), path) for match, path in found if match]
 
     def newest(self, logger: Logger) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from; damaged ones before it are renamed, with a warning, once there is one that is
-        not. None in a new folder.
+        """The checkpoint to go on from, path and content; None in a new folder. Damaged ones before it are renamed,
+        with a warning, once an intact one is found.
 
         Raises:
-            CheckpointError: all are damaged, or one is whole and cannot be used.
+            CheckpointError: all are damaged, or an intact one cannot be used.
         """
         damaged: dict[Path, DamagedCheckpointError] = {}
         for path in self.checkpoints():
@@ -109,8 +109,8 @@ class RunFolder:
         return bool(by_step or (self._seconds and time.monotonic() - self._saved >= self._seconds))
 
     def save(self, content: dict[str, Any], names: tuple[str, ...] = ()) -> None:
-        """Writes last.pth, also under `names`; what was last.pth becomes previous.pth. Then deletes checkpoints of
-        epochs beyond the KEEP_CHECKPOINTS latest, of those that this run wrote.
+        """Writes last.pth, also under `names`. What was last.pth becomes previous.pth. Then deletes this run's
+        checkpoints of epochs, except the KEEP_CHECKPOINTS latest.
 
         Raises:
             UserError: it cannot be written, or another run has taken the folder over.
@@ -141,35 +141,34 @@ def _written_by(path: Path) -> str | None:
 
 @contextmanager
 def open_run_folder(config, world: World) -> Iterator[RunFolder]:
-    """The run's folder, made if need be, and this run's alone inside `with`.
+    """The run's folder, made if it is not there. Inside `with`, no other run may use it.
 
     Raises:
         UserError: it cannot be written, or another process trains there.
     """
+    folder, lock = run_path(config), None
+
+    def take() -> None:
+        nonlocal lock
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(Lock(folder / LOCK))
+
     with contextlib.ExitStack() as stack:
-        lock = failure = None
-        if world.is_main:
-            try:
-                folder = run_path(config)
-                with writing_to(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    lock = stack.enter_context(Lock(folder / LOCK))
-            except UserError as error:
-                failure = error
-        message = from_main(failure and str(failure), world)
-        if message:
-            raise failure or UserError(message)
-        with writing_to(run_path(config)):
-            run_path(config).mkdir(parents=True, exist_ok=True)  # on other machines, which may not share the disk
+        on_main(take, world)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)  # on other machines, which may not share the disk
         yield RunFolder(config, lock)
 
 
 class Lock:
-    """Inside `with`, holds a lock that the system releases when this process ends, however it ends; the file says who
-    holds it. `with` raises UserError, naming the host and the process, where someone else does.
+    """Inside `with`, holds a lock that the system releases when this process ends, however it ends. The file says who
+    holds it. If someone else does, `with` raises a UserError with the host and the process.
+
+    filelock's lock (flock) would not do: forked loader processes that outlive a killed run would keep holding it.
 
     Attributes:
-        notes: for the log: a lock that a run which was killed left behind.
+        notes: for the log: that a killed run left its lock behind.
     """
 
     def __init__(self, path: Path):
@@ -178,7 +177,7 @@ class Lock:
         self._me = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
 
     def __enter__(self) -> "Lock":
-        # Opened once only: the system releases a process's lock when it closes the file anywhere.
+        # Opened only once: the system releases a process's lock as soon as it closes the file anywhere.
         self._file = open(self.path, "a+", encoding="utf-8", errors="backslashreplace")
         try:
             self._acquire()
@@ -190,7 +189,7 @@ class Lock:
     def _acquire(self) -> None:
         supported = True
         try:
-            # Of the process, not of the open file: loader processes that outlive a killed run do not hold it.
+            # The lock belongs to the process, not to the open file: forked loader processes do not hold it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise _in_use(self.path, _read_lock(self._file), "") from error
@@ -209,13 +208,13 @@ class Lock:
         self._file.flush()
 
     def check(self) -> None:
-        """Raises UserError if someone else has taken the lock, where other machines do not see it."""
+        """Raises UserError if someone else has taken the lock: on some shared disks other machines do not see it."""
         holder = _read_lock(self._file)
         if holder and holder != self._me:
             raise _in_use(self.path, holder, "; this run stops without writing there")
 
     def __exit__(self, *exception) -> None:
-        with contextlib.suppress(OSError):  # a disk that is full, or gone: the lock is released all the same
+        with contextlib.suppress(OSError):  # the disk is full or gone; the lock is released all the same
             if _read_lock(self._file) == self._me:
                 self._file.truncate(0)
         self._file.close()

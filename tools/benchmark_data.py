@@ -58,7 +58,7 @@ from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
 from data.sources import IMAGE_FORMATS, FolderSource, Source
 from data.transforms import SMALL_IMAGE, RandomResizedCrop, build_transform
-from engine.epoch import autocast, resolve_amp
+from engine.evaluate import autocast, resolve_amp
 from models import build_model
 from optimizer import build_optimizer
 from runtime.distributed import World, init_world

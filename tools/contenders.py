@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import get_default_config
-from engine.epoch import autocast
+from engine.evaluate import autocast
 from models import StripMLP, build_model
 from models.build import convolutions_to
 from models.released import checkpoint_filter_fn

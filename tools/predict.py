@@ -39,7 +39,7 @@ from tqdm import tqdm
 from trained import Trained, add_arguments, load_trained
 
 from data.sources import decode, find_images, read_file
-from engine.epoch import autocast, resolve_amp
+from engine.evaluate import autocast, resolve_amp
 from runtime.signals import ignore_signals
 from utils import UserError, printable, run_entry_point
 

@@ -96,7 +96,7 @@ def test_one_process_downloads_while_the_others_wait(tmp_path):
     script.write_text(
         "import sys, time\n"
         f"sys.path.insert(0, {str(sys.path[0])!r})\n"
-        "from distributed import close_world, init_world, main_process_first\n"
+        "from runtime.distributed import close_world, init_world, main_process_first\n"
         "world = init_world('cpu')\n"
         "with main_process_first(world):\n"
         "    print(f'enter {world.rank} {time.time():.6f}', flush=True)\n"

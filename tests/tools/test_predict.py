@@ -17,7 +17,7 @@ from trained import Trained
 
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
-from engine.epoch import evaluate
+from engine.evaluate import evaluate
 from models import build_model
 from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, trained_model

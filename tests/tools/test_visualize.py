@@ -3,7 +3,6 @@ makes it."""
 
 import argparse
 import csv
-import json
 import math
 
 import numpy as np
@@ -19,9 +18,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import main as training
-import main_eval
 from config import leaves, load_config
 from data import build_sources
+from engine.evaluate import evaluate_run
 from models import StripMLP, build_model
 from models.strip_mlp import StripMLPLayer
 from runtime.distributed import World
@@ -383,8 +382,7 @@ def test_mistakes(checkpoint, tmp_path):
     assert png_size(tmp_path / names[1])[0] > 800
 
     config, _ = load_config(DIGITS)
-    main_eval.run(config, [], WORLD, str(checkpoint), json_file=tmp_path / "eval.json")
-    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    evaluated = evaluate_run(config, [], WORLD, str(checkpoint))
     rows = read_csv(tmp_path / names[2])
     assert [row["index"] for row in rows] == [str(i) for i in range(360)]
     right = sum(row["true"] == row["predicted"] for row in rows)

@@ -20,12 +20,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from config import get_default_config
-from data import build_batch_transform, build_mixup, build_normalize, build_train_loader
+from data import build_batch_transform, build_mixup, build_normalize, build_train_loader, loading
 from data.dataset import Sample
+from data.loading import LoadingFailed
 from data.sources import ArraySource
-from engine import epoch as engine
-from engine import finite
-from engine.epoch import Control, LoadingFailed, evaluate, resolve_amp, steps_per_epoch, throughput, train_one_epoch
+from engine import epoch, finite
+from engine.control import Control
+from engine.epoch import Training, steps_per_epoch, train_one_epoch
+from engine.evaluate import evaluate, resolve_amp, throughput
 from engine.finite import NonFiniteError, build_scaler
 from engine.state import Progress, TrainingState
 from models import StripMLP, prepare_model
@@ -88,13 +90,14 @@ class Loader(list):
 
 
 class Data:
-    source = SimpleNamespace(name=lambda index: f"file {index}")
-
     def __init__(self, images: int):
         self.images = images
 
     def __len__(self) -> int:
         return self.images
+
+    def name(self, index: int) -> str:
+        return f"file {index}"
 
 
 def batches(images, targets, size: int = 4, readable=None) -> Loader:
@@ -164,7 +167,8 @@ def train(
     state = state or training_state(config, model, **kwargs)
     schedule = Schedule(state.optimizer, rate)
     log = Log() if log is None else log
-    metrics = train_one_epoch(config, state, model, loader, schedule, mixup, world, log, control or Control())
+    run = Training(config, state, model, loader, schedule, mixup, world, log, control or Control())
+    metrics = train_one_epoch(run)
     return metrics, schedule
 
 
@@ -491,7 +495,7 @@ def test_only_so_many_skipped_steps_are_named():
 
 def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):
     """As on CUDA: the weights are as good, the message comes later."""
-    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
+    monkeypatch.setattr(epoch, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
     images, targets = noise(40)
     images[8:20] = float("nan")  # steps 3 to 5
     for most, logged in ((3, 3), (2, 0)):
@@ -728,7 +732,7 @@ def test_only_so_many_unreadable_files_are_named():
     log = Log()
     metrics, _ = train(config_with(), linear(), batches(*noise(40), readable=[False] * 40), log=log)
     assert metrics["unreadable_train"] == 40
-    assert len(log.of("WARNING")) == engine.MOST_NAMED_FILES
+    assert len(log.of("WARNING")) == loading.MOST_NAMED_FILES
     assert "only counted" in log.of("WARNING")[-1]
 
 
@@ -761,7 +765,7 @@ def waits(monkeypatch):
 
 
 def test_training_waits_for_the_device_at_log_lines_only(waits, monkeypatch):
-    monkeypatch.setattr(engine, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
+    monkeypatch.setattr(epoch, "steps_between_checks", lambda config, world: config.PRINT_FREQ)
     data = batches(*noise(40))
     for i, batch in enumerate(data):
         # Flags of the loader stay on the CPU: as arrays, they are not counted.
@@ -947,7 +951,7 @@ def test_resolve_amp(monkeypatch, amp, device, has_bfloat16, expected):
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0, "0:00:00"), (59.9, "0:00:59"), (3661, "1:01:01")])
 def test_clock(seconds, expected):
-    assert engine.clock(seconds) == expected
+    assert epoch.clock(seconds) == expected
 
 
 # The world

@@ -35,12 +35,12 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 import config as config_module
-import main
 from config import ConfigError, get_default_config, leaves, load_config, save_config, validate
 from data.dataset import ClassificationDataset
 from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource
 from data.transforms import build_transform
 from engine.finite import build_scaler, update_scaler
+from engine.start import check_resume, log_resume
 from engine.state import TrainingState
 from logger import create_logger
 from models import StripMLP
@@ -201,7 +201,8 @@ def resume(path: Path, kind: str) -> TrainingState:
     content = read_training_state(path)
     model = Tiny()
     load_weights(model, content, path)
-    main.log_resume(config, content, path, [], log)
+    check_resume(config, content, path, [])
+    log_resume(config, content, path, log)
     state = TrainingState(model, build_optimizer(config, model, 0.1), build_scaler(amp, CPU), amp)
     state.restore_rest(content, path, config, IMAGES, STEPS, ALONE, log)
     assert 0 <= state.progress.step <= STEPS

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from data.device import Normalize
+from data.device import Normalize, denormalize
 from logger import MetricsLog, create_logger
 from tests.helpers import TINY, python
 
@@ -232,7 +232,7 @@ def test_tensorboard_shows_images_as_they_were(tmp_path, quiet):
     world = torch.device("cpu")
     pixels = torch.randint(0, 256, (70, 3, 8, 12), dtype=torch.uint8)
     log = MetricsLog(tmp_path, 0, quiet)
-    log.write_images("first batch", Normalize(world)(pixels))
+    log.write_images("first batch", denormalize(Normalize(world)(pixels)))
     log.close()
     (image,) = events_of(tmp_path).Images("first batch")
     shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))

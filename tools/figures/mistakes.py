@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import build_eval_loader
 from data.sources import Source
-from engine.epoch import autocast, resolve_amp
+from engine.evaluate import autocast, resolve_amp
 from runtime.distributed import World
 from utils import UserError
 

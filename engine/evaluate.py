@@ -1,0 +1,231 @@
+"""Evaluation, throughput, and the precision that models are run in."""
+
+import math
+import time
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from data import Sample, build_eval_loader, build_normalize, build_sources, with_class_count
+from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
+from engine.control import Control
+from logger import ALL_RANKS, create_logger
+from models import build_model, prepare_model
+from runtime.checkpoint import CheckpointError, load_weights, other_classes, read_checkpoint
+from runtime.distributed import World, all_reduce_sum, sum_on_host
+from runtime.run_folder import run_path
+from runtime.signals import Stopped
+
+
+def resolve_amp(config, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision that `config.AMP` asks for on this device; None for full precision."""
+    if config.AMP in ("bfloat16", "float16"):
+        return getattr(torch, config.AMP)
+    if config.AMP == "off" or (config.AMP == "auto" and device.type != "cuda"):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def precision_name(amp: torch.dtype | None) -> str:
+    """ "float32", "bfloat16" or "float16"."""
+    return str(amp or torch.float32).removeprefix("torch.")
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> torch.autocast:
+    """Mixed precision of dtype `amp`, or none."""
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+
+
+@torch.inference_mode()
+def evaluate(
+    config,
+    model: nn.Module,
+    loader: DataLoader,
+    world: World,
+    logger: Logger,
+    control: Control | None = None,
+    epoch: int = 0,
+    turn: int = 0,
+) -> dict[str, float]:
+    """Accuracy and loss over the images of all processes, each counted once.
+
+    Args:
+        model: not wrapped: processes may have different numbers of batches, so nothing in it may wait for the others.
+        control: None for an evaluation that nothing interrupts.
+        epoch, turn: the epoch of training, from 0, and which evaluation after it this is, for the watchdog.
+
+    Returns:
+        top1 and top5 in percent (an unreadable image counts as wrong), val_loss (mean cross-entropy of the readable
+        images), images, unreadable_val, val_seconds, val_images_per_second (all processes).
+
+    Raises:
+        Stopped: a process got a signal.
+        LoadingFailed: a process could not load a batch, or too many files are unreadable.
+    """
+    model.eval()
+    control = control or Control()
+    score = Score(config, model, world)
+    unreadable = UnreadableFiles(loader, config.DATA.MAX_UNREADABLE, logger)
+    started, failure = time.perf_counter(), None
+    batches = iterate(loader, "evaluation", world)
+    for i in range(len(loader)):
+        control.at_evaluation(epoch, turn, i)
+        batch, failure = next_batch(batches)
+        if failure is not None or control.stop_requested:
+            break
+        unreadable.note(batch)
+        score.add(batch)
+    control.after_evaluation(epoch, turn)
+    stop, failures, unreadable_files = sum_on_host(
+        [control.stop_requested, failure is not None, unreadable.count], world
+    )
+    if failures or unreadable.too_many(unreadable_files):
+        raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
+    if stop:
+        raise Stopped
+    images, readable, loss, top1, top5 = all_reduce_sum(score.totals, world).tolist()
+    seconds = time.perf_counter() - started
+    return {
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "val_loss": loss / readable if readable else math.nan,
+        "images": int(images),
+        "unreadable_val": unreadable_files,
+        "val_seconds": seconds,
+        "val_images_per_second": images / seconds,
+    }
+
+
+class Score:
+    """Sums over the batches of this process.
+
+    Attributes:
+        totals: (5,) float64 on the device: images, readable ones, loss, top-1 hits, top-5 hits.
+    """
+
+    def __init__(self, config, model: nn.Module, world: World):
+        self.config, self.model, self.device = config, model, world.device
+        self.amp, self.normalize = resolve_amp(config, world.device), build_normalize(config, world.device)
+        self.totals = torch.zeros(5, dtype=torch.float64, device=world.device)
+
+    def add(self, batch: Sample) -> None:
+        """Predicts a batch and counts what is right."""
+        images = self.normalize(batch.image.to(self.device, non_blocking=True))
+        targets = batch.target.to(self.device, non_blocking=True)
+        readable = batch.readable.to(self.device, non_blocking=True)
+        with autocast(self.device, self.amp):
+            logits = predict(self.config, self.model, images)
+        logits = logits.float()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        # NaN sorts as the largest number: a broken model must not score.
+        hits &= (readable & logits.isfinite().all(dim=1))[:, None]
+        losses = losses.masked_fill(~readable, 0)
+        sums = (torch.ones_like(losses), readable, losses, hits[:, 0], hits.any(dim=1))
+        self.totals += torch.stack([values.double().sum() for values in sums])
+
+
+def predict(config, model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (N, classes). For a compiled model, a last batch that is smaller than the others is filled up with zeros:
+    it would be compiled again for another size."""
+    missing = config.DATA.BATCH_SIZE - len(images)
+    if not config.TRAIN.COMPILE or missing <= 0:
+        return model(images)
+    return model(F.pad(images, (0, 0) * (images.ndim - 1) + (0, missing)))[: len(images)]
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The result of `evaluate` as a line for people."""
+    unreadable = metrics["unreadable_val"]
+    remark = f", of which {unreadable} unreadable and counted as wrong" if unreadable else ""
+    return (
+        f"top-1 {metrics['top1']:.3f} % top-5 {metrics['top5']:.3f} % loss {metrics['val_loss']:.4f} "
+        f"on {metrics['images']} images{remark}, {metrics['val_images_per_second']:.0f} images/s"
+    )
+
+
+@torch.inference_mode()
+def throughput(config, model: nn.Module, images: Tensor, world: World) -> float:
+    """Images per second of the model alone in evaluation, on this process, for one batch (N, 3, S, S) over and over:
+    the median of 30 passes, or of as many as fit into 20 seconds (at least 3)."""
+    model.eval()
+    amp = resolve_amp(config, world.device)
+    images = build_normalize(config, world.device)(images.to(world.device))
+    seconds = []
+    warmup, deadline = (10 if world.device.type == "cuda" else 1), time.perf_counter() + 20
+    for i in range(warmup + 30):
+        started = time.perf_counter()
+        with autocast(world.device, amp):
+            model(images)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= warmup:
+            seconds.append(time.perf_counter() - started)
+        if len(seconds) >= 3 and time.perf_counter() > deadline:
+            break
+    return len(images) / sorted(seconds)[len(seconds) // 2]
+
+
+def evaluate_run(
+    config, notes: list[str], world: World, checkpoint: str | None = None, measure_throughput: bool = False
+) -> dict[str, Any]:
+    """Evaluates the file `checkpoint`, or else the run that the config names; or measures the model's throughput.
+
+    Returns:
+        The result, for JSON: model, amp, processes, and what `evaluate` or `throughput` gives.
+
+    Raises:
+        UserError: the data, the model or the checkpoint cannot be used.
+    """
+    logger = create_logger("eval", world.rank)
+    for note in notes:
+        logger.warning(note, extra=ALL_RANKS)
+    source = build_sources(config, world, train=False).val
+    config = with_class_count(config, source)
+    loader = build_eval_loader(config, source, world)
+    model = build_model(config)
+    amp = precision_name(resolve_amp(config, world.device))
+    logger.info(f"torch {torch.__version__}, timm {timm.__version__}, {world.size} x {world.device.type}, {amp}")
+    about = {"model": config.MODEL.NAME, "amp": amp, "processes": world.size}
+
+    if measure_throughput:
+        prepare_model(config, model, world.device)
+        images = next(iter(loader)).image
+        speed = throughput(config, model, images, world)
+        logger.info(f"throughput {speed:.1f} images/s per process at batch {len(images)}, {amp}")
+        return {**about, "images_per_second": speed, "batch": len(images)}
+
+    path = find_checkpoint(config, checkpoint)
+    content = read_checkpoint(path)
+    loaded = load_weights(model, content, path)
+    for line in (f"weights from {path}", *loaded.notes(model)):
+        logger.info(line)
+    if other_classes(content, loader.dataset.classes):
+        message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"
+        logger.warning(message, extra=ALL_RANKS)
+    prepare_model(config, model, world.device)
+    try:
+        metrics = evaluate(config, model, loader, world, logger)
+    except LoadingFailed as failed:
+        raise failed.error from failed
+    logger.info(describe(metrics))
+    return {**about, "checkpoint": str(path), **metrics}
+
+
+def find_checkpoint(config, named: str | None) -> Path:
+    """The file to evaluate: the one named on the command line, or else the best, or last, of the run that the config
+    names, or else the one in the config (in a finished run's config.yaml, that is the file it started from)."""
+    folder = run_path(config)
+    own = [folder / name for name in ("best.pth", "last.pth", "previous.pth") if (folder / name).is_file()]
+    for path in (named, *own, config.MODEL.RESUME, config.MODEL.PRETRAINED):
+        if path:
+            return Path(path)
+    raise CheckpointError(f"{folder}: no best.pth or last.pth there; train first, or name a file with --resume")

@@ -1,0 +1,120 @@
+"""Where a run starts: at its own newest checkpoint, or else at --resume, --pretrained, or random weights."""
+
+from dataclasses import dataclass
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from config import find, leaves
+from engine.state import TrainingState
+from logger import ALL_RANKS
+from runtime.checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
+from runtime.distributed import World, on_main
+from runtime.run_folder import RunFolder
+from utils import shorten
+
+
+@dataclass
+class Start:
+    """The checkpoint that a run goes on from: its content, its path, and whether this run wrote it."""
+
+    content: dict[str, Any] | None = None
+    path: Path | None = None
+    is_own: bool = False
+
+
+def find_start(config, folder: RunFolder, world: World, logger: Logger) -> Start:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    content = None
+
+    def newest() -> Path | None:
+        nonlocal content
+        path, content = folder.newest(logger) or (None, None)
+        return path
+
+    if config.TRAIN.AUTO_RESUME:
+        # The main process decides: others may look at another moment, or at another disk.
+        path = on_main(newest, world)
+        if path:
+            return Start(content or read_training_state(path), path, is_own=True)
+    if config.MODEL.RESUME:
+        path = Path(config.MODEL.RESUME)
+        return Start(read_training_state(path), path, is_own=path.parent == folder.path)
+    return Start()
+
+
+def load_start(config, model: nn.Module, start: Start, classes: list[str], logger: Logger) -> None:
+    """Loads the weights to start from into the model.
+
+    Raises:
+        CheckpointError: they do not fit, or cannot be gone on from with this config.
+    """
+    if start.content:
+        load_weights(model, start.content, start.path, ema=False, same_size=True)
+        check_resume(config, start.content, start.path, classes)
+        log_resume(config, start.content, start.path, logger)
+    elif config.MODEL.PRETRAINED:
+        load_pretrained(model, config.MODEL.PRETRAINED, logger, classes)
+    elif config.TRAIN.FREEZE != "none" or config.TRAIN.LAYER_DECAY < 1:
+        message = "TRAIN.FREEZE or TRAIN.LAYER_DECAY is set, but the weights are random; --pretrained names others"
+        logger.warning(message, extra=ALL_RANKS)
+    if start.is_own:
+        for named in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+            message = f"{named} is not read, because the run goes on from {start.path}"
+            logger.warning(f"{message}; to start from it, give a new --tag", extra=ALL_RANKS)
+
+
+def check_resume(config, content: dict[str, Any], path: Path, classes: list[str]) -> None:
+    """Raises CheckpointError if the optimizer, what it trains, or the classes of the data are others than in the
+    checkpoint."""
+    before = content["config"]
+    if before["TRAIN.OPTIMIZER.NAME"] != config.TRAIN.OPTIMIZER.NAME:
+        raise CheckpointError(
+            f"{path}: has the state of {before['TRAIN.OPTIMIZER.NAME']}, but TRAIN.OPTIMIZER.NAME is "
+            f"{config.TRAIN.OPTIMIZER.NAME}; --pretrained {path} with a new --tag starts from its weights alone"
+        )
+    if other_classes(content, classes):
+        raise CheckpointError(
+            f"{path}: was trained on classes {shorten(content['classes'])}, but the data has {shorten(classes)}: "
+            f"labels have changed their meaning; --pretrained {path} with a new --tag starts from its weights"
+        )
+    frozen = before.get("TRAIN.FREEZE", "none") != config.TRAIN.FREEZE
+    if frozen or (before.get("TRAIN.LAYER_DECAY", 1.0) < 1) != (config.TRAIN.LAYER_DECAY < 1):
+        key = "TRAIN.FREEZE" if frozen else "TRAIN.LAYER_DECAY"
+        raise CheckpointError(
+            f"{path}: {key} was {before.get(key, 'not there')}, is {find(config, key.split('.'))}, for which its "
+            f"optimizer state is of no use; --pretrained {path} with a new --tag starts from its weights"
+        )
+
+
+def restore_state(
+    state: TrainingState, start: Start, config, images: int, steps: int, world: World, logger: Logger
+) -> None:
+    """Takes over optimizer, position and all else from the checkpoint to start from, if any."""
+    if not start.content:
+        return
+    state.restore_rest(start.content, start.path, config, images, steps, world, logger)
+    if start.is_own:
+        state.run = start.content["run"] or state.run
+    else:
+        state.best = {"top1": -1.0, "epoch": 0}  # this run's own best
+    start.content = None  # as large as the model and the optimizer together
+
+
+def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> None:
+    """What a run goes on from, and what has changed since."""
+    step = content["progress"]["step"]
+    done = f"{content['epoch']} epochs{f' and {step} steps' if step else ''} done"
+    logger.info(f"resumed from {path}: {done}, best top-1 {content['best']['top1']:.3f} %")
+    before, now = content["config"], leaves(config)
+    # Keys that only newer, or only older, configs have did not change what the run does.
+    for key in sorted(set(before) & set(now)):
+        if before[key] != now[key] and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
+            message = f"changed since that checkpoint: {key} was {before[key]!r}, is {now[key]!r}"
+            logger.warning(message, extra=ALL_RANKS)
