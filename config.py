@@ -1,4 +1,4 @@
-"""All defaults, in one place; merging of YAML files, command-line flags and --opts over them; validation.
+"""All config keys with their defaults and limits; merging of YAML files, --opts and command-line flags over them.
 
 Precedence, lowest first: the defaults below, the files in a YAML's `BASE`, the YAML itself, `--opts`, flags.
 """
@@ -15,201 +15,259 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import yaml
 from yacs.config import CfgNode
 
 from utils import UserError
 
+# A limit: whether a value is accepted, and what is, in words.
+Limit = tuple[Callable[[Any], bool], str]
+
+
+def one_of(*accepted: str) -> Limit:
+    return lambda value: value in accepted, ", ".join(accepted)
+
+
+def within(low: float, high: float) -> Limit:
+    return lambda value: low <= value <= high, f"{low} to {high}"
+
+
+def at_least(low: float) -> Limit:
+    return lambda value: low <= value < float("inf"), f"{low} or more"
+
+
+def _is_path(value: str) -> bool:
+    """Whether the system takes it."""
+    try:
+        return b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    """Height and width, of a square or of a rectangle."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+POSITIVE: Limit = (lambda value: 0 < value < float("inf"), "more than 0")
+LESS_THAN_1: Limit = (lambda value: 0 <= value < 1, "0 to less than 1")
+PATH: Limit = (_is_path, "a path, or nothing")
+FOLDER_NAME: Limit = (
+    lambda value: value not in ("", ".", "..") and not set(value) & set("/\\") and value.isprintable(),
+    "a name for a folder, without slashes",
+)
+
 _C = CfgNode()
+ACCEPTED: dict[str, Limit] = {}
+
+
+def key(name: str, default: Any, limit: Limit | None = None) -> None:
+    """Declares a config key: its dotted name, its default, which also sets its type, and what it accepts."""
+    *sections, last = name.split(".")
+    node = _C
+    for section in sections:
+        node = node.setdefault(section, CfgNode())
+    node[last] = default
+    if limit:
+        ACCEPTED[name] = limit
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-_C.DATA = CfgNode()
 # imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate;
 # CIFAR10, CIFAR100: downloaded on first use; 101_ObjectCategories: made by tools/categories101_train_val_split.py;
 # digits: 1,797 handwritten digits that come with scikit-learn.
-_C.DATA.DATASET = "imagenet"
-_C.DATA.DATA_PATH = ""
+key(
+    "DATA.DATASET",
+    "imagenet",
+    one_of("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits"),
+)
+key("DATA.DATA_PATH", "", PATH)
 # Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
-_C.DATA.BATCH_SIZE = 128
+key("DATA.BATCH_SIZE", 128, at_least(1))
 # Pixels, or [height, width]
-_C.DATA.IMG_SIZE = 224
+key("DATA.IMG_SIZE", 224, (lambda value: min(_pair(value)) >= 1, "1 or more, or [height, width]"))
 # bicubic, bilinear, nearest, or random (training only)
-_C.DATA.INTERPOLATION = "bicubic"
-# Classes to take from the data: all, names separated by commas, or a .txt file with a name per line
-_C.DATA.CLASSES = "all"
-# Training images to take of each class, drawn with SEED; 0: all
-_C.DATA.IMAGES_PER_CLASS = 0
+key("DATA.INTERPOLATION", "bicubic", one_of("bicubic", "bilinear", "nearest", "random"))
+# Classes to use: all, names separated by commas, or a .txt file with a name per line
+key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"))
+# Training images to use of each class, drawn with SEED; 0: all
+key("DATA.IMAGES_PER_CLASS", 0, at_least(0))
 # Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
-_C.DATA.ZIP_MODE = False
+key("DATA.ZIP_MODE", False)
 # Keep files in memory: no; full (every process all of them); part (every process its share, and it trains on that
 # share only).
-_C.DATA.CACHE_MODE = "no"
-_C.DATA.PIN_MEMORY = True
-# Images that may be unreadable, as a fraction of the data set; with more, the run stops.
-_C.DATA.MAX_UNREADABLE = 0.05
+key("DATA.CACHE_MODE", "no", one_of("no", "full", "part"))
+key("DATA.PIN_MEMORY", True)
+# Fraction of the images that may be unreadable; with more, the run stops.
+key("DATA.MAX_UNREADABLE", 0.05, within(0, 1))
 # Loader processes per training process; -1: this process's share of the CPU cores, at most 8; 0: none.
-_C.DATA.NUM_WORKERS = -1
+key("DATA.NUM_WORKERS", -1, at_least(-1))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-_C.MODEL = CfgNode()
 # strip_mlp_layer, or timm: any timm model by its MODEL.NAME
-_C.MODEL.TYPE = "strip_mlp_layer"
-# Names the output folder; with TYPE timm, the model.
-_C.MODEL.NAME = "strip_mlp"
+key("MODEL.TYPE", "strip_mlp_layer", one_of("strip_mlp_layer", "timm"))
+# Names the output folder. With TYPE timm, it names the model too.
+key("MODEL.NAME", "strip_mlp", FOLDER_NAME)
 # Weights to fine-tune from; a classifier of another size starts anew.
-_C.MODEL.PRETRAINED = ""
-# Checkpoint to continue from, with optimizer, schedule and epoch. What is found in the output folder goes first.
-_C.MODEL.RESUME = ""
+key("MODEL.PRETRAINED", "", PATH)
+# Checkpoint to continue from, with optimizer, schedule and epoch. One in the output folder takes precedence.
+key("MODEL.RESUME", "", PATH)
 # 0: as many as the data has
-_C.MODEL.NUM_CLASSES = 0
+key("MODEL.NUM_CLASSES", 0, at_least(0))
 # Stochastic depth. Strip-MLP uses one value for all blocks; timm models apply their own rule.
-_C.MODEL.DROP_PATH_RATE = 0.1
-_C.MODEL.LABEL_SMOOTHING = 0.1
+key("MODEL.DROP_PATH_RATE", 0.1, LESS_THAN_1)
+key("MODEL.LABEL_SMOOTHING", 0.1, LESS_THAN_1)
 
-_C.MODEL.STRIP_MLP = CfgNode()
-_C.MODEL.STRIP_MLP.PATCH_SIZE = 4
-# The data pipeline gives RGB.
-_C.MODEL.STRIP_MLP.IN_CHANS = 3
-_C.MODEL.STRIP_MLP.EMBED_DIM = 80
-_C.MODEL.STRIP_MLP.LAYERS = [2, 2, 6, 2]
-# q, channels that share strip weights; 0: the released rule, 2 where EMBED_DIM is a multiple of 80, else 4; -1: all
-# of a stage, one patch (the paper's table 7, "without the group strip layer")
-_C.MODEL.STRIP_MLP.PATCH_CHANNELS = 0
+key("MODEL.STRIP_MLP.PATCH_SIZE", 4, at_least(1))
+# 3: the data pipeline gives RGB
+key("MODEL.STRIP_MLP.IN_CHANS", 3, (lambda value: value == 3, "3, because images are read as RGB"))
+key("MODEL.STRIP_MLP.EMBED_DIM", 80, at_least(4))
+key(
+    "MODEL.STRIP_MLP.LAYERS",
+    [2, 2, 6, 2],
+    (lambda value: len(value) == 4 and min(value) >= 1, "four numbers, each 1 or more"),
+)
+# q, channels that share strip weights. 0: the released rule, 2 if EMBED_DIM is a multiple of 80, else 4. -1: all, which
+# is one patch (table 7, "without the group strip layer").
+key(
+    "MODEL.STRIP_MLP.PATCH_CHANNELS",
+    0,
+    (lambda value: value >= -1, "channels per patch, 0 for the released rule, or -1 for one patch"),
+)
 # m, odd (table 6)
-_C.MODEL.STRIP_MLP.STRIP_WIDTH = 3
-_C.MODEL.STRIP_MLP.ALPHA = 3.0
+key("MODEL.STRIP_MLP.STRIP_WIDTH", 3, (lambda value: value > 0 and value % 2 == 1, "1, 3, 5, 7, ..."))
+key("MODEL.STRIP_MLP.ALPHA", 3.0, POSITIVE)
 # cascade, or parallel: both strips read the module's input (table 8)
-_C.MODEL.STRIP_MLP.CGSMM_STRUCTURE = "cascade"
-# both, cgsmm or lsmm: the channels of the one that is taken away pass unchanged (table 9)
-_C.MODEL.STRIP_MLP.BRANCHES = "both"
-_C.MODEL.STRIP_MLP.POSITION_TABLES = True
-_C.MODEL.STRIP_MLP.MULTI_SCALE_SHORTCUTS = True
-_C.MODEL.STRIP_MLP.GRN = True
+key("MODEL.STRIP_MLP.CGSMM_STRUCTURE", "cascade", one_of("cascade", "parallel"))
+# both, cgsmm or lsmm; the channels of a missing branch pass unchanged (table 9)
+key("MODEL.STRIP_MLP.BRANCHES", "both", one_of("both", "cgsmm", "lsmm"))
+key("MODEL.STRIP_MLP.POSITION_TABLES", True)
+key("MODEL.STRIP_MLP.MULTI_SCALE_SHORTCUTS", True)
+key("MODEL.STRIP_MLP.GRN", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-_C.TRAIN = CfgNode()
-_C.TRAIN.EPOCHS = 300
-_C.TRAIN.WARMUP_EPOCHS = 20
-_C.TRAIN.WEIGHT_DECAY = 0.05
-# Each of the three is multiplied by global batch / LR_REFERENCE_BATCH.
-_C.TRAIN.BASE_LR = 5e-4
-_C.TRAIN.WARMUP_LR = 5e-7
-_C.TRAIN.MIN_LR = 5e-6
+key("TRAIN.EPOCHS", 300, at_least(1))
+key("TRAIN.WARMUP_EPOCHS", 20, at_least(0))
+key("TRAIN.WEIGHT_DECAY", 0.05, at_least(0))
+# Each of the three learning rates is multiplied by global batch / LR_REFERENCE_BATCH.
+key("TRAIN.BASE_LR", 5e-4, POSITIVE)
+key("TRAIN.WARMUP_LR", 5e-7, at_least(0))
+key("TRAIN.MIN_LR", 5e-6, at_least(0))
 # 512 is Swin's and DeiT's rule. The Strip-MLP configs say 300, because the released code divides by its 300 epochs
 # there: the paper's peak at a global batch of 1024 is 1.7e-3, not 1.0e-3.
-_C.TRAIN.LR_REFERENCE_BATCH = 512
+key("TRAIN.LR_REFERENCE_BATCH", 512, at_least(1))
 # Largest global gradient norm; 0: no clipping
-_C.TRAIN.CLIP_GRAD = 5.0
-# Optimizer steps in a row that may be skipped because the loss or the gradient is not finite; one more stops the run.
-# Loss scaling (float16) starts by skipping some: 2^16 takes 16 halvings to 1.
-_C.TRAIN.MAX_SKIPPED_STEPS = 20
+key("TRAIN.CLIP_GRAD", 5.0, at_least(0))
+# Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run. Loss scaling
+# (float16) skips some at the start: from 2^16 to 1 takes 16 halvings.
+key("TRAIN.MAX_SKIPPED_STEPS", 20, at_least(0))
 # Continue from the newest checkpoint in the output folder if there is one.
-_C.TRAIN.AUTO_RESUME = True
+key("TRAIN.AUTO_RESUME", True)
 # Forward and backward passes per optimizer step
-_C.TRAIN.ACCUMULATION_STEPS = 1
+key("TRAIN.ACCUMULATION_STEPS", 1, at_least(1))
 # Recompute activations in the backward pass: less memory, more time
-_C.TRAIN.USE_CHECKPOINT = False
-# torch.compile the model, for training and evaluation: the first step and the first evaluation then take minutes, all
-# others less. Needs a C++ compiler on the CPU.
-_C.TRAIN.COMPILE = False
-# Images and convolution weights in torch.channels_last: the faster one for the convolutional timm models. Strip-MLP's
-# maps always are.
-_C.TRAIN.CHANNELS_LAST = True
-# Batch statistics over all processes (CUDA only). Otherwise each has its own, averaged before evaluating and saving.
-_C.TRAIN.SYNC_BN = False
+key("TRAIN.USE_CHECKPOINT", False)
+# torch.compile the model. The first step and the first evaluation then take minutes, all others less time. On the CPU
+# it needs a C++ compiler.
+key("TRAIN.COMPILE", False)
+# Images and convolution weights in torch.channels_last, which is faster for timm's convolutional models. Strip-MLP's
+# maps always are in it.
+key("TRAIN.CHANNELS_LAST", True)
+# Batch statistics over all processes (CUDA only). Without it each process has its own; they are averaged before
+# evaluating and saving.
+key("TRAIN.SYNC_BN", False)
 
-_C.TRAIN.LR_SCHEDULER = CfgNode()
 # cosine, linear or step
-_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
+key("TRAIN.LR_SCHEDULER.NAME", "cosine", one_of("cosine", "linear", "step"))
 # step only: every DECAY_EPOCHS after the warm-up, times DECAY_RATE
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
+key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30, at_least(1))
+key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, POSITIVE)
 
-# Fine-tuning: each layer's learning rate is this times the one of the layer after it (timm's groups of parameters:
-# patch embedding, blocks, classifier); 1: all the same
-_C.TRAIN.LAYER_DECAY = 1.0
-# What is not trained: none; backbone: all but the classifier, a linear probe; or names of modules, separated by commas,
-# such as patch_embed,stages.0,merging.0
-_C.TRAIN.FREEZE = "none"
-# Decay per step of an exponential moving average of the weights, such as 0.9999, less in the first steps (timm's
-# warm-up); 0: none. Where there is one, it is what is evaluated, with the weights beside it, and what checkpoints are
-# used for.
-_C.TRAIN.EMA_DECAY = 0.0
+# Fine-tuning: the learning rate of a layer is this times that of the next one; 1: all the same. timm's group_matcher
+# says what a layer is (patch embedding, each block, classifier).
+key("TRAIN.LAYER_DECAY", 1.0, (lambda value: 0 < value <= 1, "more than 0, to 1"))
+# What is frozen: none; backbone, which leaves the classifier (a linear probe); or names of modules, separated by
+# commas, such as patch_embed,stages.0,merging.0
+key("TRAIN.FREEZE", "none")
+# Decay per step of an exponential moving average of the weights, such as 0.9999; smaller in the first steps (timm's
+# warm-up); 0: no average. It is evaluated beside the weights, and whoever uses a checkpoint gets it.
+key("TRAIN.EMA_DECAY", 0.0, LESS_THAN_1)
 
-_C.TRAIN.OPTIMIZER = CfgNode()
 # adamw or sgd
-_C.TRAIN.OPTIMIZER.NAME = "adamw"
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
+key("TRAIN.OPTIMIZER.NAME", "adamw", one_of("adamw", "sgd"))
+key("TRAIN.OPTIMIZER.EPS", 1e-8, POSITIVE)
+key(
+    "TRAIN.OPTIMIZER.BETAS",
+    [0.9, 0.999],
+    (lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers, each 0 to less than 1"),
+)
 # sgd only (Nesterov)
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
-# One kernel for all parameters. Without it, a step on CUDA also waits for the device.
-_C.TRAIN.OPTIMIZER.FUSED = True
+key("TRAIN.OPTIMIZER.MOMENTUM", 0.9, LESS_THAN_1)
+# One kernel for all parameters. Without it, every step on CUDA waits for the device.
+key("TRAIN.OPTIMIZER.FUSED", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentation (timm's)
 # ---------------------------------------------------------------------------------------------------------------------
-_C.AUG = CfgNode()
 # Probability of a horizontal flip
-_C.AUG.HFLIP = 0.5
-# Not applied where AUTO_AUGMENT is on, which is timm's rule.
-_C.AUG.COLOR_JITTER = 0.4
+key("AUG.HFLIP", 0.5, within(0, 1))
+# Not applied if AUTO_AUGMENT is on (timm's rule).
+key("AUG.COLOR_JITTER", 0.4, at_least(0))
 # timm's RandAugment / AutoAugment policy string; "none" for none
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+key("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1")
 # Random erasing: probability, fill (const, rand, pixel), number of regions
-_C.AUG.REPROB = 0.25
-_C.AUG.REMODE = "pixel"
-_C.AUG.RECOUNT = 1
+key("AUG.REPROB", 0.25, within(0, 1))
+key("AUG.REMODE", "pixel", one_of("const", "rand", "pixel"))
+key("AUG.RECOUNT", 1, at_least(1))
 # Beta distributions of mixup and cutmix; 0 turns one off
-_C.AUG.MIXUP = 0.8
-_C.AUG.CUTMIX = 1.0
+key("AUG.MIXUP", 0.8, at_least(0))
+key("AUG.CUTMIX", 1.0, at_least(0))
 # Probability of either, and of cutmix rather than mixup where both are on
-_C.AUG.MIXUP_PROB = 1.0
-_C.AUG.MIXUP_SWITCH_PROB = 0.5
+key("AUG.MIXUP_PROB", 1.0, within(0, 1))
+key("AUG.MIXUP_SWITCH_PROB", 0.5, within(0, 1))
 # batch, pair or elem
-_C.AUG.MIXUP_MODE = "batch"
+key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-_C.TEST = CfgNode()
 # Resize to 256 / 224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE. Images of IMG_SIZE <= 32 are never
 # cropped.
-_C.TEST.CROP = True
+key("TEST.CROP", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
-# Mixed precision. auto: on CUDA bfloat16 where the hardware has it, else float16; off on CPU. on: the same, and
-# bfloat16 on CPU. off, bfloat16, float16: as said.
-_C.AMP = "auto"
-# auto: cuda where there is one. cpu, cuda
-_C.DEVICE = "auto"
+# Mixed precision. auto: on CUDA bfloat16 if the hardware has it, else float16; off on the CPU. on: like auto, but
+# bfloat16 on the CPU. Or off, bfloat16, float16.
+key("AMP", "auto", one_of("auto", "on", "off", "bfloat16", "float16"))
+# auto (CUDA if there is a device), cpu or cuda
+key("DEVICE", "auto", one_of("auto", "cpu", "cuda"))
 # Everything a run writes goes to OUTPUT/MODEL.NAME/TAG.
-_C.OUTPUT = "output"
-_C.TAG = "default"
+key("OUTPUT", "output", (lambda value: value != "" and _is_path(value), "a folder"))
+key("TAG", "default", FOLDER_NAME)
 # Epochs between two kept checkpoints (ckpt_epoch_N.pth); last.pth and best.pth are written when they change.
-_C.SAVE_FREQ = 10
-# How many of those to keep, the latest; 0: all
-_C.KEEP_CHECKPOINTS = 0
-# Inside an epoch, last.pth is written every so many minutes, or optimizer steps; 0: not
-_C.SAVE_MINUTES = 0.0
-_C.SAVE_STEPS = 0
+key("SAVE_FREQ", 10, at_least(1))
+# How many of those to keep; 0: all
+key("KEEP_CHECKPOINTS", 0, at_least(0))
+# Minutes, and optimizer steps, between two writes of last.pth inside an epoch; 0: only after epochs
+key("SAVE_MINUTES", 0.0, at_least(0))
+key("SAVE_STEPS", 0, at_least(0))
 # Seconds without progress after which a process stops the run and names the process that hangs
-_C.TIMEOUT = 1800.0
+key("TIMEOUT", 1800.0, within(1, 10**9))
 # Optimizer steps between two log lines
-_C.PRINT_FREQ = 10
-_C.SEED = 0
+key("PRINT_FREQ", 10, at_least(1))
+key("SEED", 0, at_least(0))
 
-# Keys that YAML files for the released code have and this one does not, and where their values go; None: nowhere,
-# because they change nothing in the released models either.
+
+# Keys of YAML files for the released code that this one lacks, and where their values go. None: nowhere, because they
+# change nothing in the released models.
 RELEASED_KEYS = {
     "MODEL.ALPHA": "MODEL.STRIP_MLP.ALPHA",
     "MODEL.DROP": None,
@@ -217,8 +275,6 @@ RELEASED_KEYS = {
     "MODEL.PATCH_NORM": None,
     "MODEL.STRIP_MLP.PATCH_NORM": None,
 }
-
-DATASETS = ("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits")
 
 
 # A YAML file of a few lines can stand for billions of values (aliases of aliases), and a few files for billions of
@@ -262,7 +318,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
-def get_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
+# The keys of a config that do not reach its model, and why.
+IdleKeys = Callable[[CfgNode], tuple[Sequence[str], str]]
+
+
+def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> tuple[CfgNode, list[str]]:
     """The frozen config of a parsed command line, and notes for the log about keys that were renamed or ignored.
 
     Raises:
@@ -290,15 +350,22 @@ def get_config(args: argparse.Namespace) -> tuple[CfgNode, list[str]]:
         read_as = f"read as --amp {level}" if args.amp is None else f"ignored for --amp {args.amp}"
         notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is {read_as}")
     overrides = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
-    config, file_notes = load_config(args.cfg, args.opts, overrides)
+    config, file_notes = load_config(args.cfg, args.opts, overrides, idle_keys)
     return config, file_notes + notes
 
 
 def load_config(
-    path: str | Path, opts: Sequence[str] = (), overrides: Sequence[tuple[str, Any, str]] = ()
+    path: str | Path,
+    opts: Sequence[str] = (),
+    overrides: Sequence[tuple[str, Any, str]] = (),
+    idle_keys: IdleKeys | None = None,
 ) -> tuple[CfgNode, list[str]]:
-    """The frozen config of a YAML file with `opts` (key, value, key, value, ...) and then `overrides`
-    (key, value, where the value comes from) on top, and notes for the log.
+    """The frozen config of a YAML file with `opts` and then `overrides` on top, and notes for the log.
+
+    Args:
+        opts: key, value, key, value, ...
+        overrides: key, value, and where the value comes from.
+        idle_keys: `models.idle_keys`, if the notes are to name chosen values that do not reach the model.
 
     Raises:
         ConfigError: naming the file, the key and what is accepted.
@@ -309,7 +376,8 @@ def load_config(
     for key, value, where in overrides:
         merge.value(key, value, where)
     validate(merge.config, merge.origins)
-    merge.notes += notes_without_effect(merge.config, merge.origins, inherited=merge.inherited)
+    if idle_keys:
+        merge.notes += notes_without_effect(merge.config, merge.origins, merge.inherited, *idle_keys(merge.config))
     merge.config.freeze()
     return merge.config, merge.notes
 
@@ -531,8 +599,7 @@ def coerce_size(value: Any, where: str) -> int | list[int]:
 
 def image_size(config: CfgNode) -> tuple[int, int]:
     """Height and width of the images that the model is given, in pixels."""
-    size = config.DATA.IMG_SIZE
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return _pair(config.DATA.IMG_SIZE)
 
 
 def _is_count(number: int) -> bool:
@@ -559,111 +626,6 @@ def save_config(config: CfgNode, folder: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _one_of(*accepted: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in accepted, ", ".join(accepted)
-
-
-def _within(low: float, high: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value <= high, f"{low} to {high}"
-
-
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: low <= value < float("inf"), f"{low} or more"
-
-
-_POSITIVE = (lambda value: 0 < value < float("inf"), "more than 0")
-_FOLDER_NAME = (
-    lambda value: value not in ("", ".", "..") and not set(value) & set("/\\") and value.isprintable(),
-    "a name for a folder, without slashes",
-)
-
-
-def _is_path(value: str) -> bool:
-    """Whether the system takes it."""
-    try:
-        return b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
-        return False
-
-
-_PATH = (_is_path, "a path, or nothing")
-
-ACCEPTED = {
-    "DATA.DATASET": _one_of(*DATASETS),
-    "DATA.DATA_PATH": _PATH,
-    "DATA.BATCH_SIZE": _at_least(1),
-    "DATA.IMG_SIZE": (lambda value: np.min(value) >= 1, "1 or more, or [height, width]"),
-    "DATA.CLASSES": (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"),
-    "DATA.IMAGES_PER_CLASS": _at_least(0),
-    "DATA.INTERPOLATION": _one_of("bicubic", "bilinear", "nearest", "random"),
-    "DATA.CACHE_MODE": _one_of("no", "full", "part"),
-    "DATA.MAX_UNREADABLE": _within(0, 1),
-    "DATA.NUM_WORKERS": _at_least(-1),
-    "MODEL.TYPE": _one_of("strip_mlp_layer", "timm"),
-    "MODEL.NAME": _FOLDER_NAME,
-    "MODEL.PRETRAINED": _PATH,
-    "MODEL.RESUME": _PATH,
-    "MODEL.NUM_CLASSES": _at_least(0),
-    "MODEL.DROP_PATH_RATE": (lambda value: 0 <= value < 1, "0 to less than 1"),
-    "MODEL.LABEL_SMOOTHING": (lambda value: 0 <= value < 1, "0 to less than 1"),
-    "MODEL.STRIP_MLP.PATCH_SIZE": _at_least(1),
-    "MODEL.STRIP_MLP.IN_CHANS": (lambda value: value == 3, "3, because images are read as RGB"),
-    "MODEL.STRIP_MLP.EMBED_DIM": _at_least(4),
-    "MODEL.STRIP_MLP.LAYERS": (lambda value: len(value) == 4 and min(value) >= 1, "four numbers, each 1 or more"),
-    "MODEL.STRIP_MLP.PATCH_CHANNELS": (
-        lambda value: value >= -1,
-        "channels per patch, 0 for the released rule, or -1 for one patch",
-    ),
-    "MODEL.STRIP_MLP.STRIP_WIDTH": (lambda value: value > 0 and value % 2 == 1, "1, 3, 5, 7, ..."),
-    "MODEL.STRIP_MLP.ALPHA": _POSITIVE,
-    "MODEL.STRIP_MLP.CGSMM_STRUCTURE": _one_of("cascade", "parallel"),
-    "MODEL.STRIP_MLP.BRANCHES": _one_of("both", "cgsmm", "lsmm"),
-    "TRAIN.EPOCHS": _at_least(1),
-    "TRAIN.WARMUP_EPOCHS": _at_least(0),
-    "TRAIN.WEIGHT_DECAY": _at_least(0),
-    "TRAIN.BASE_LR": _POSITIVE,
-    "TRAIN.WARMUP_LR": _at_least(0),
-    "TRAIN.MIN_LR": _at_least(0),
-    "TRAIN.LR_REFERENCE_BATCH": _at_least(1),
-    "TRAIN.CLIP_GRAD": _at_least(0),
-    "TRAIN.MAX_SKIPPED_STEPS": _at_least(0),
-    "TRAIN.ACCUMULATION_STEPS": _at_least(1),
-    "TRAIN.LAYER_DECAY": (lambda value: 0 < value <= 1, "more than 0, to 1"),
-    "TRAIN.EMA_DECAY": (lambda value: 0 <= value < 1, "0 to less than 1"),
-    "TRAIN.LR_SCHEDULER.NAME": _one_of("cosine", "linear", "step"),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": _at_least(1),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": _POSITIVE,
-    "TRAIN.OPTIMIZER.NAME": _one_of("adamw", "sgd"),
-    "TRAIN.OPTIMIZER.EPS": _POSITIVE,
-    "TRAIN.OPTIMIZER.BETAS": (
-        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-        "two numbers, each 0 to less than 1",
-    ),
-    "TRAIN.OPTIMIZER.MOMENTUM": (lambda value: 0 <= value < 1, "0 to less than 1"),
-    "AUG.HFLIP": _within(0, 1),
-    "AUG.COLOR_JITTER": _at_least(0),
-    "AUG.REPROB": _within(0, 1),
-    "AUG.REMODE": _one_of("const", "rand", "pixel"),
-    "AUG.RECOUNT": _at_least(1),
-    "AUG.MIXUP": _at_least(0),
-    "AUG.CUTMIX": _at_least(0),
-    "AUG.MIXUP_PROB": _within(0, 1),
-    "AUG.MIXUP_SWITCH_PROB": _within(0, 1),
-    "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
-    "AMP": _one_of("auto", "on", "off", "bfloat16", "float16"),
-    "DEVICE": _one_of("auto", "cpu", "cuda"),
-    "OUTPUT": (lambda value: value != "" and _is_path(value), "a folder"),
-    "TAG": _FOLDER_NAME,
-    "SAVE_FREQ": _at_least(1),
-    "KEEP_CHECKPOINTS": _at_least(0),
-    "SAVE_MINUTES": _at_least(0),
-    "SAVE_STEPS": _at_least(0),
-    "TIMEOUT": _within(1, 10**9),
-    "PRINT_FREQ": _at_least(1),
-    "SEED": _at_least(0),
-}
-
-
 def validate(config: CfgNode, origins: dict[str, str]) -> None:
     """Raises ConfigError for the first value outside its range, or pair of values that do not go together.
 
@@ -685,23 +647,19 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")
 
 
-def notes_without_effect(config: CfgNode, origins: dict[str, str], inherited: set[str]) -> list[str]:
-    """Notes for the log about values under MODEL that do not reach the model, because another value keeps them from it.
+def notes_without_effect(
+    config: CfgNode, origins: dict[str, str], inherited: set[str], idle: Sequence[str], reason: str
+) -> list[str]:
+    """Notes for the log about the keys `idle`, which do not reach the model for some `reason`.
 
-    Only what someone has chosen is reported: no defaults, nothing that a BASE has set for its own model, and nothing
-    of a file that sets all keys, as a run's config.yaml does.
+    Only deliberate choices are reported: not defaults, not what a BASE has set for its own model, and nothing of a file
+    that sets all of them, as a run's config.yaml does.
     """
-    cgsmm_only = ("STRIP_WIDTH", "PATCH_CHANNELS", "CGSMM_STRUCTURE", "POSITION_TABLES")
-    if config.MODEL.TYPE != "strip_mlp_layer":
-        idle, reason = tuple(config.MODEL.STRIP_MLP), f"MODEL.TYPE is {config.MODEL.TYPE}"
-    elif config.MODEL.STRIP_MLP.BRANCHES == "lsmm":
-        idle, reason = cgsmm_only, "MODEL.STRIP_MLP.BRANCHES is lsmm: there is no CGSMM"
-    else:
-        return []
     notes = []
     dumped = set.intersection(*({origins.get(f"MODEL.STRIP_MLP.{name}")} for name in config.MODEL.STRIP_MLP))
-    for key in (f"MODEL.STRIP_MLP.{name}" for name in idle):
-        value = find(config, key.split("."))
-        if key in origins and key not in inherited and origins[key] not in dumped and value != find(_C, key.split(".")):
-            notes.append(f"{origins[key]}: {key} is {_show(value)}, which changes nothing, because {reason}")
+    for name in idle:
+        value = find(config, name.split("."))
+        chosen = name in origins and name not in inherited and origins[name] not in dumped
+        if chosen and value != find(_C, name.split(".")):
+            notes.append(f"{origins[name]}: {name} is {_show(value)}, which changes nothing, because {reason}")
     return notes

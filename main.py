@@ -48,7 +48,7 @@ from engine.start import find_start, load_start, restore_state
 from engine.state import Progress, TrainingState
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
-from models import build_model, freeze, prepare_model, token_mixing_weights
+from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
 from optimizer import build_optimizer
 from runtime import signals
 from runtime.distributed import TIMEOUT, World, close_world, init_world, lost_processes_named, on_main, wrap
@@ -59,7 +59,7 @@ from runtime.watchdog import Watchdog
 
 def main() -> None:
     args = parse_args()
-    config, notes = get_config(args)
+    config, notes = get_config(args, idle_keys)
     # Longer than the watchdog, which comes first because it can say what is wrong.
     timeout = max(TIMEOUT, 2 * timedelta(seconds=config.TIMEOUT))
     if args.eval or args.throughput:

@@ -29,12 +29,13 @@ if __name__ == "__main__":
 
 from engine.evaluate import evaluate_run
 from logger import json_numbers
+from models import idle_keys
 from runtime.distributed import close_world, init_world, lost_processes_named
 
 
 def main() -> None:
     args = parse_args()
-    config, notes = get_config(args)
+    config, notes = get_config(args, idle_keys)
     world = init_world(config.DEVICE, args.local_rank)
     with lost_processes_named():
         result = evaluate_run(config, notes, world, args.resume or args.pretrained, args.throughput)

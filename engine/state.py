@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from config import leaves
 from logger import ALL_RANKS
-from optimizer import load_optimizer_state
+from optimizer import MOMENTS, load_optimizer_state
 from runtime.checkpoint import FORMAT, CheckpointError, load_weights
 from runtime.distributed import World, gather_rows
+from runtime.untrusted import check_optimizer_state
 
 
 def training_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -130,9 +131,10 @@ class TrainingState:
             CheckpointError: the optimizer's state or the running statistics are not those of this model.
         """
         try:
-            load_optimizer_state(self.optimizer, content["optimizer"])
+            check_optimizer_state(content["optimizer"], self.optimizer, MOMENTS[type(self.optimizer)])
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        load_optimizer_state(self.optimizer, content["optimizer"])
         if self.ema and "model_ema" in content:
             load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:

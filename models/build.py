@@ -84,6 +84,18 @@ def build_strip_mlp(config) -> StripMLP:
     )
 
 
+def idle_keys(config) -> tuple[list[str], str]:
+    """The keys under MODEL that do not reach the model, and why."""
+    if config.MODEL.TYPE != "strip_mlp_layer":
+        names, reason = list(config.MODEL.STRIP_MLP), f"MODEL.TYPE is {config.MODEL.TYPE}"
+    elif config.MODEL.STRIP_MLP.BRANCHES == "lsmm":
+        names = ["STRIP_WIDTH", "PATCH_CHANNELS", "CGSMM_STRUCTURE", "POSITION_TABLES"]
+        reason = "MODEL.STRIP_MLP.BRANCHES is lsmm: there is no CGSMM"
+    else:
+        names, reason = [], ""
+    return [f"MODEL.STRIP_MLP.{name}" for name in names], reason
+
+
 def released_patch_channels(embed_dim: int) -> int:
     """q by the rule of the released code. YAML files written for it have no key for q."""
     return 2 if embed_dim % 80 == 0 else 4

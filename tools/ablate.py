@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from tables import as_csv, markdown
 
 from config import ConfigError, get_default_config, image_size, leaves, load_config, read_yaml
-from models import build_model
+from models import build_model, idle_keys
 from runtime.run_folder import run_path
 from runtime.signals import EXIT_STATUS
 from utils import UserError, run_entry_point, writing_to
@@ -156,7 +156,7 @@ def load_setting(path: Path, args: argparse.Namespace) -> Setting:
     try:
         overrides = [("OUTPUT", str(args.output), "--output")]
         overrides += [("DATA.DATA_PATH", args.data_path, "--data-path")] if args.data_path else []
-        setting.config, setting.notes = load_config(path, options_of(args, path), overrides)
+        setting.config, setting.notes = load_config(path, options_of(args, path), overrides, idle_keys)
         setting.values = leaves(setting.config)
     except ConfigError as error:
         setting.problem = str(error)

@@ -59,7 +59,7 @@ from data.dataset import Sample
 from data.sources import IMAGE_FORMATS, FolderSource, Source
 from data.transforms import SMALL_IMAGE, RandomResizedCrop, build_transform
 from engine.evaluate import autocast, resolve_amp
-from models import build_model
+from models import build_model, idle_keys
 from optimizer import build_optimizer
 from runtime.distributed import World, init_world
 from utils import UserError, run_entry_point, seed_all, writing_to
@@ -568,7 +568,7 @@ def read_config(args: argparse.Namespace):
     overrides = [(key, value, "benchmark_data.py") for key, value in fixed.items()]
     if args.batch_size:
         overrides.append(("DATA.BATCH_SIZE", args.batch_size, "--batch-size"))
-    config, notes = load_config(args.cfg, args.opts, overrides)
+    config, notes = load_config(args.cfg, args.opts, overrides, idle_keys)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if max(image_size(config)) <= SMALL_IMAGE:

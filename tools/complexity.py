@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from config import image_size, load_config
-from models import build_model
+from models import build_model, idle_keys
 from utils import UserError, run_entry_point
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
@@ -287,7 +287,7 @@ def main() -> None:
     if args.table1:
         print(table1(), end="")
         return
-    config, notes = load_config(args.cfg, args.opts)
+    config, notes = load_config(args.cfg, args.opts, idle_keys=idle_keys)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     try:

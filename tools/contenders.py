@@ -119,7 +119,7 @@ class LiteralStripMLP(nn.Module):
         self.spec = literal.Spec(
             embed_dim=model.patch_embed.out_channels,
             depths=tuple(len(stage) for stage in model.stages),
-            patch_channels=block.token_mixing.cgsmm.strip_h.patch_channels,
+            patch_channels=block.token_mixing.cgsmm.strip_h.q,
             img_size=model.img_size,
             num_classes=model.num_classes,
             alpha=block.channel_mixing.mlp.fc1.out_features // model.patch_embed.out_channels,

@@ -45,7 +45,7 @@ from engine.state import TrainingState
 from logger import create_logger
 from models import StripMLP
 from optimizer import build_optimizer
-from runtime import checkpoint
+from runtime import untrusted
 from runtime.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
@@ -550,7 +550,7 @@ def test_huge_dictionary(tmp_path):
 
 
 def test_huge_dictionary_in_the_format_before_pytorch_1_6(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MOST_PICKLE_BYTES", 200_000)
+    monkeypatch.setattr(untrusted, "MOST_PICKLE_BYTES", 200_000)
     for entries, accepted in ((20_000, True), (2_000_000, False)):
         path = write(tmp_path / "a.pth", legacy(huge_dictionary(entries)))
         with little(2, megabytes=100):
@@ -617,7 +617,7 @@ def test_archive_with_no_list_of_contents_or_two(tmp_path, pickles):
 
 def test_limits_hold_whatever_the_case_of_the_name(tmp_path, monkeypatch):
     """PyTorch's reader finds DATA.PKL where it looks for data.pkl."""
-    monkeypatch.setattr(checkpoint, "MOST_PICKLE_BYTES", len(PICKLE) - 1)
+    monkeypatch.setattr(untrusted, "MOST_PICKLE_BYTES", len(PICKLE) - 1)
     files = {name.replace("data.pkl", "DATA.PKL"): content for name, content in members(encoded()).items()}
     with pytest.raises(CheckpointError, match="list of contents has"):
         read_checkpoint(write(tmp_path / "a.pth", packed(files)))

@@ -1,0 +1,362 @@
+"""Reading files that nobody vouches for: checkpoints from strangers, and those that a crash or a bad disk has damaged.
+
+What is promised of `read_checkpoint`, `check_training_state` and `check_optimizer_state`:
+
+- No code of the file runs. `torch.load` is called with `weights_only=True`; a pickle that asks for anything but tensors
+  and plain types is refused.
+- Time and memory are bounded by the size of the file: claims of sizes that it does not have, compressed entries and
+  deep nesting are refused before anything is unpickled.
+- What changed since it was written is noticed, by the zip file's checksums.
+- What comes back are dictionaries, lists, tuples, tensors, numbers and text without attributes of their own. After the
+  checks, a training state has the types, shapes and ranges that going on from it relies on.
+- Everything else is a `CheckpointError`, with the file's name and in printable characters.
+"""
+
+import errno
+import io
+import itertools
+import json
+import pickle
+import pickletools
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from utils import UserError
+
+# Size of the pickle in a checkpoint, which takes some 200 bytes per tensor. A pickle of millions of entries would take
+# minutes and all memory to read.
+MOST_PICKLE_BYTES = 32 * 2**20
+# How many tuples a tuple may contain, repeated ones counted each time. Hashing it, as a key, visits all of them,
+# recursively: nesting can make a small file take for ever, or overflow the stack.
+MOST_NESTED_TUPLES = 10_000
+# torch.load would call these, and a few bytes could fill the memory with them.
+REFUSED = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
+# Numbers from here on are beyond what any run could count to.
+LARGEST = 2**63
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
+_NUMBERS += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Bytes per element, by the names of storages in a pickle.
+_ITEM_BYTES = {
+    f"{kind}Storage": size
+    for size, kinds in (
+        (1, ("Untyped", "Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4")),
+        (2, ("Half", "BFloat16", "Short")),
+        (4, ("Float", "Int", "QInt32")),
+        (8, ("Double", "Long", "ComplexFloat")),
+        (16, ("ComplexDouble",)),
+    )
+    for kind in kinds
+}
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, written or used with this model."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A file that is cut off, changed, or no checkpoint at all."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU: loaded with `weights_only=True`, or a safetensors file.
+
+    Raises:
+        DamagedCheckpointError: cut off, changed, or no checkpoint at all.
+        CheckpointError: no such file, or a file that is refused (see the module's docstring).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        _check_archive(path)
+        # Swin-style files carry their config as a yacs node: a dict, so it can be read as one.
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+            content = _bare(torch.load(path, map_location="cpu", weights_only=True), {})
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        asked_for = re.search(r"GLOBAL (\S+)", str(error))
+        if asked_for is None:
+            raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: its pickle cannot be read") from error
+        raise CheckpointError(
+            f"{path}: refused: it asks for {legible(asked_for[1])}, which could run code; accepted: tensors and plain "
+            "types"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: cannot be read: not enough memory") from error
+    except Exception as error:  # PyTorch's reader can raise any exception on a damaged file
+        # Perhaps the disk or the machine is at fault and not the file. EINVAL comes from seeking in a damaged one.
+        passing = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if passing or "can't allocate memory" in str(error):
+            raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
+        raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: {reason_of(error)}") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The weights under "model", and of the metadata what `save_safetensors` writes."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    known = {name: json.loads(metadata[name]) for name in ("config", "classes") if name in metadata}
+    return {"model": weights, **known}
+
+
+def _check_archive(path: Path) -> None:
+    """Checks what torch.load does not: checksums (it loads changed tensors silently), and sizes that a small file may
+    claim."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as PyTorch tells
+        if not zipped:  # the format before PyTorch 1.6, which begins with five pickles; or no checkpoint
+            file.seek(0)
+            start = io.BytesIO(file.read(MOST_PICKLE_BYTES))
+            for _ in range(5):
+                _check_pickle(start, path)
+            return
+    with zipfile.ZipFile(path) as archive:
+        sizes: dict[str, int] = {}
+        for entry in archive.infolist():
+            name = entry.filename.lower()  # PyTorch's reader ignores case
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: refused: {legible(name)} in it is compressed; torch.save stores")
+            if entry.external_attr & 0x10:  # PyTorch's reader would read nothing and return uninitialised memory
+                raise DamagedCheckpointError(f"{path}: damaged: {legible(name)} in it is marked as a folder")
+            if name in sizes:  # PyTorch's reader and these checks might look at different ones
+                raise CheckpointError(f"{path}: refused: {legible(name)} is in it twice")
+            sizes[name] = entry.file_size
+        for name, size in sizes.items():
+            if name.endswith(".pkl") and size > MOST_PICKLE_BYTES:
+                raise CheckpointError(
+                    f"{path}: refused: its list of contents has {size:,} bytes; accepted: {MOST_PICKLE_BYTES:,}, "
+                    "enough for 150,000 tensors"
+                )
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith(".pkl"):
+                _check_pickle(io.BytesIO(archive.read(entry)), path, entry.filename.partition("/")[0], sizes)
+        changed = archive.testzip()
+    if changed is not None:
+        raise DamagedCheckpointError(f"{path}: damaged: {legible(changed)} in it does not match its checksum")
+
+
+def _check_pickle(file: io.BytesIO, path: Path, folder: str = "", sizes: dict[str, int] | None = None) -> None:
+    """Raises CheckpointError for a pickle that must not be unpickled although torch.load would accept it.
+
+    Args:
+        file: one pickle is read from it.
+        folder: in the archive, of this pickle and its storages.
+        sizes: in bytes, of the archive's entries. Older versions of PyTorch believe the pickle about the size of a
+            storage, and read beyond the entry's end.
+    """
+    # For each value: how many tuples it is made of, and the value itself if it is a number, text or a name. For a
+    # tuple, a list of those.
+    stack: list[tuple[int, Any]] = []
+    marks: list[int] = []
+    memo: dict[int, tuple[int, Any]] = {}
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo.get(argument, (0, None)))
+            continue
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        # PyTorch's message about a refused name takes time quadratic in its length.
+        if name == "GLOBAL" and (argument in REFUSED or len(argument) > 200):
+            asked_for = legible(argument.replace(" ", "."))
+            raise CheckpointError(f"{path}: refused: it asks for {asked_for}; accepted: tensors and plain types")
+        taken, start = operation.stack_before, len(stack)
+        if pickletools.markobject in taken:
+            taken, start = taken[: taken.index(pickletools.markobject)], marks.pop()
+        start -= len(taken)
+        items = stack[start:]
+        del stack[start:]
+        if name.startswith("TUPLE"):
+            stack.append((1 + sum(tuples for tuples, _ in items), [value for _, value in items]))
+            if stack[-1][0] > MOST_NESTED_TUPLES:
+                raise CheckpointError(
+                    f"{path}: refused: it nests more than {MOST_NESTED_TUPLES:,} tuples; accepted: tensors and plain "
+                    "types"
+                )
+        else:
+            stack.extend([(0, argument)] * len(operation.stack_after))
+        if name == "BINPERSID" and sizes is not None:
+            _, kind, key, _, count = items[-1][1]
+            if sizes[f"{folder}/data/{key}".lower()] != count * _ITEM_BYTES[kind.split()[-1]]:
+                raise DamagedCheckpointError(
+                    f"{path}: not a checkpoint, or damaged: data/{legible(key)} in it has not the size of the "
+                    f"{legible(count)} numbers it should hold"
+                )
+
+
+def _bare(value: Any, done: dict[int, Any]) -> Any:
+    """The same in dictionaries, lists, tuples and tensors without attributes of their own. A file can give an
+    OrderedDict or a tensor attributes, which would hide methods of the same name."""
+    if isinstance(value, Tensor):
+        return Tensor.detach(value)
+    if not isinstance(value, dict | list | tuple):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = copy = {}
+            copy.update((key, _bare(part, done)) for key, part in dict.items(value))
+        elif isinstance(value, list):
+            done[id(value)] = copy = []
+            copy.extend(_bare(part, done) for part in value)
+        else:
+            done[id(value)] = tuple(_bare(part, done) for part in value)
+    return done[id(value)]
+
+
+def legible(value: Any) -> str:
+    """Something from a file, for messages: short and printable. If it is neither text nor a number, its type: printing
+    it might never end."""
+    text = str(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+    return text if text.isprintable() else ascii(text)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an exception's message, or its type."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return line if line.isprintable() else ascii(line)
+
+
+def some_keys(names: Iterable) -> str:
+    """The first few keys of a dictionary from a file, for messages."""
+    return ", ".join(map(legible, itertools.islice(names, 8)))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor of real numbers in memory, which can be copied into a parameter: not sparse, quantised,
+    meta, complex or of bits."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in _NUMBERS and not value.is_meta
+
+
+def check_training_state(content: Mapping, path: str | Path) -> None:
+    """Raises CheckpointError for content that `TrainingState.capture` cannot have written."""
+
+    def number(value: Any, low: float = 0) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value < LARGEST
+
+    def whole(value: Any, low: int = 0) -> bool:
+        return isinstance(value, int) and number(value, low)
+
+    def require(good: bool, what: str) -> None:
+        if not good:
+            raise CheckpointError(f"{path}: is no training state that can be used: {what}")
+
+    def section(name: str) -> Mapping:
+        require(isinstance(content.get(name), Mapping), f"{name} is not a dictionary")
+        return content[name]
+
+    require(whole(content.get("epoch")), "epoch is not a whole number of epochs done")
+    best, config, progress = section("best"), section("config"), section("progress")
+    require(number(best.get("top1"), -1) and whole(best.get("epoch")), "best is not an accuracy and an epoch")
+    require(all(isinstance(key, str) for key in config), "config has keys that are no text")
+    for key, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        require(all(isinstance(v, str | int | float) for v in values), f"config has no plain value of {legible(key)}")
+    for key in ("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS"):
+        require(whole(config.get(key), 1), f"config has no {key}")
+    name = config.get("TRAIN.OPTIMIZER.NAME")
+    require(isinstance(name, str) and name == legible(name), "config has no TRAIN.OPTIMIZER.NAME")
+    section("optimizer")
+    classes = content.get("classes", [])  # older files do not name them
+    require(isinstance(classes, list) and all(isinstance(c, str) for c in classes), "classes are no list of names")
+    if scaler := section("scaler"):
+        good = all(number(scaler.get(key)) and scaler[key] > 0 for key in ("scale", "growth_factor", "backoff_factor"))
+        for key in ("growth_interval", "_growth_tracker"):  # PyTorch counts them in 32 bits
+            good = good and whole(scaler.get(key)) and scaler[key] < 2**31
+        require(good, "scaler is not a loss scaler's state")
+    for key in ("run", "processes", "images"):
+        require(key in content, f"it has no {key}")
+    require(content["run"] is None or isinstance(content["run"], str), "run is not a name")
+    for key in ("processes", "images"):
+        require(content[key] is None or whole(content[key], 1), f"{key} is not a number")
+    for key in ("step", "skipped", "skipped_in_row"):
+        require(whole(progress.get(key)), f"progress has no {key}")
+    require(number(progress.get("seconds")), "progress has no seconds")
+    require(isinstance(progress.get("trained"), bool), "progress does not say whether the epoch is trained")
+    processes = content["processes"] or 1
+    arrays = {
+        "losses": ((processes, 2), torch.float64),
+        "unreadable": ((processes,), torch.int64),
+        "buffers": ((processes, -1), torch.float64),
+    }
+    for key, (shape, dtype) in arrays.items():
+        require(key in progress, f"progress has no {key}")
+        value = progress[key]
+        if key == "buffers" and value is None:
+            continue
+        fits = is_plain(value) and value.dtype == dtype and value.ndim == len(shape)
+        fits = fits and all(n in (-1, m) for n, m in zip(shape, value.shape, strict=True))
+        # An expanded tensor: a few bytes can claim to be any number of elements.
+        fits = fits and value.nbytes <= value.untyped_storage().nbytes() and bool(value.isfinite().all())
+        require(fits, f"progress has no {key} of {processes} processes")
+    require(bool((progress["unreadable"] >= 0).all()), "progress has a negative number of unreadable images")
+
+
+def check_optimizer_state(state: Mapping, optimizer: torch.optim.Optimizer, moment_names: Sequence[str]) -> None:
+    """Raises ValueError for a saved state that does not fit the optimizer's parameters. PyTorch's load_state_dict takes
+    any, and the first step then fails, broadcasts the moments, or gives NaN.
+
+    Args:
+        moment_names: what the optimizer remembers of every parameter, in the parameter's shape.
+    """
+    saved = state.get("param_groups")
+    if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
+        raise ValueError("no optimizer state: param_groups is not a list of groups")
+    counts, expected = ([len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups))
+    if counts != expected:
+        raise ValueError(f"its optimizer state is for groups of {counts} parameters, not {expected}")
+    numbers = [number for group in saved for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = state.get("state")
+    whole = isinstance(moments, dict) and all(type(number) is int for number in (*numbers, *moments))
+    if not whole or numbers != list(range(len(parameters))) or not set(moments) <= set(numbers):
+        raise ValueError("no optimizer state: its parameters are not numbered in order")
+    for number, values in moments.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"the optimizer state of parameter {number} is not a dictionary")
+        if not values:
+            continue  # a parameter that had no gradient yet
+        adam = isinstance(optimizer, torch.optim.AdamW)
+        if adam and not _is_step(values.get("step")):
+            raise ValueError(f"its optimizer state has no number of steps of parameter {number}")
+        for name in moment_names:
+            value, parameter = values.get(name), parameters[number]
+            if value is None and not adam:
+                continue  # without momentum
+            if not _is_moment(value, parameter) or (name == "exp_avg_sq" and bool((value < 0).any())):
+                raise ValueError(
+                    f"its optimizer state has as {name} of parameter {number} no tensor of finite numbers of "
+                    f"shape {tuple(parameter.shape)}"
+                )
+
+
+def _is_step(value: Any) -> bool:
+    number = value.item() if is_plain(value) and value.ndim == 0 else value
+    return isinstance(number, int | float) and 0 <= number < LARGEST
+
+
+def _is_moment(value: Any, parameter: torch.Tensor) -> bool:
+    """Whether it can be a moment of the parameter: finite in its precision, and each element in memory of its own,
+    because the optimizer writes to it."""
+    if not is_plain(value) or value.shape != parameter.shape:
+        return False
+    shared = any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True))
+    return not shared and all(bool(x.isfinite().all()) for x in (value, value.to(parameter.dtype)))
