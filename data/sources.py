@@ -14,11 +14,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils import UserError, printable, shorten
 
-# No honest image is larger; a file or zip member that claims to be is not read into memory.
+# A file or zip member that is larger, or claims to be, is not read into memory.
 MOST_FILE_BYTES = 2**28
-# Labels in a zip file's listing stand for as many classes.
+# The largest label in a zip file's listing decides how many classes there are.
 MOST_CLASSES = 1_000_000
-# What files named as images may be. Pillow tells by their content, and would run Ghostscript on PostScript.
+# Accepted formats. Pillow goes by the content and not by the name, and would run Ghostscript on PostScript.
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
@@ -36,7 +36,7 @@ class Source(ABC):
     Attributes:
         classes: class names, in label order.
         targets: label of each sample, an index into `classes`.
-        has_names: whether `classes` are names, and not numbers for want of them.
+        has_names: False if the data does not name its classes, so that `classes` are numbers.
     """
 
     classes: list[str]
@@ -52,7 +52,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a person would look for to find sample `index`: its path, in printable characters."""
+        """Where to find sample `index`: its path, in printable characters."""
 
     @abstractmethod
     def cache(self, indices: Iterable[int]) -> None:
@@ -74,7 +74,7 @@ class FileSource(Source):
             try:
                 self._cached[index] = self.read(index)
             except OSError:
-                continue  # `load` will meet it again, where unreadable files are reported
+                continue  # `load` will fail again, and report it
 
     def load(self, index: int) -> Image.Image:
         encoded = self._cached.get(index)
@@ -82,10 +82,10 @@ class FileSource(Source):
 
 
 class FolderSource(FileSource):
-    """One folder per class, in alphabetical order: the samples of torchvision's ImageFolder in its order.
+    """One folder per class, in alphabetical order: the same samples in the same order as torchvision's ImageFolder.
 
     Raises:
-        DataError: no such folder, no class folders, a class folder without images, or one that links lead to twice.
+        DataError: no such folder, no class folders, a class folder without images, or a folder reached twice by links.
     """
 
     def __init__(self, root: Path):
@@ -145,7 +145,7 @@ class ZipSource(FileSource):
         try:
             with zipfile.ZipFile(archive) as file:
                 missing = sorted(set(self._members) - set(file.namelist()))
-        except Exception as error:  # what zipfile raises on damaged and hostile archives can be anything
+        except Exception as error:  # zipfile can raise anything on damaged and hostile archives
             raise DataError(f"{archive}: not a zip file, or damaged: {printable(str(error))}") from error
         if missing:
             raise DataError(f"{archive}: lacks {shorten(missing)}, which {listing.name} lists")
@@ -154,18 +154,18 @@ class ZipSource(FileSource):
 
     def read(self, index: int) -> bytes:
         try:
-            # Each loader process opens the archive itself: a shared file offset would mix up their reads.
+            # Each loader process opens the archive itself: they must not share a file offset.
             if self._opened_by != os.getpid():
                 self._zip, self._opened_by = zipfile.ZipFile(self._archive), os.getpid()
             member = self._zip.getinfo(self._members[index])
             if member.file_size > MOST_FILE_BYTES:
                 raise UnreadableImage(f"{self.name(index)}: larger than {MOST_FILE_BYTES} bytes")
-            # Of bzip2 and LZMA, Python decompresses more than it is asked for.
+            # Python decompresses more than it is asked for if the method is bzip2 or LZMA.
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise UnreadableImage(f"{self.name(index)}: neither stored nor deflated")
             with self._zip.open(member) as file:
-                return file.read(member.file_size)  # without a size, all that it decompresses to is made first
-        except Exception as error:  # damaged, encrypted, of a kind that zipfile does not know, changed since
+                return file.read(member.file_size)  # without a size, it would be decompressed whole, whatever its size
+        except Exception as error:  # damaged, encrypted, of an unknown kind, changed since
             raise UnreadableImage(f"{self.name(index)}: {error}") from error
 
     def name(self, index: int) -> str:
@@ -198,8 +198,8 @@ class SubsetSource(Source):
     """Some samples of a source, of some of its classes.
 
     Args:
-        indices: of the samples, all of the `classes`.
-        classes: in the new label order.
+        indices: which samples; all of them are of the `classes`.
+        classes: their names in the new label order.
     """
 
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
@@ -219,14 +219,14 @@ class SubsetSource(Source):
 
 
 def find_images(top: str | Path, found: dict[str, str] | None = None) -> list[str]:
-    """Paths of the files in a folder, and in those below it, that are named as images: in torchvision's order, the
-    folders sorted and the files of each.
+    """Paths of the files with an image's extension in a folder and below it, in torchvision's order: folders sorted,
+    and the files of each sorted.
 
     Args:
         found: see `_walk`.
 
     Raises:
-        DataError: links lead to one folder twice.
+        DataError: links lead to the same folder twice.
     """
     folders = sorted(_walk(os.fspath(top), {} if found is None else found))
     return [os.path.join(folder, file) for folder, files in folders for file in sorted(files) if _is_image(file)]
@@ -245,8 +245,8 @@ def read_file(path: str) -> bytes:
 def decode(encoded: bytes, name: str) -> Image.Image:
     """An image file's content as RGB.
 
-    Of animated and multi-page files the first image counts; transparency is dropped; of 16-bit grey the upper 8 bits
-    are kept.
+    The first image of animated and multi-page files counts. Transparency is dropped. 16-bit grey keeps its upper 8
+    bits.
 
     Args:
         name: for the message.
@@ -256,31 +256,31 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-            if image.mode.startswith("I"):  # 16 bits per pixel, of which Pillow would clip all but the lowest 8
+            if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip to 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except UnidentifiedImageError as error:  # whose message names the buffer
+    except UnidentifiedImageError as error:  # its own message would name the buffer
         raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
-    except Exception as error:  # decoders raise nearly everything on damaged or hostile bytes
+    except Exception as error:  # decoders can raise anything on damaged or hostile bytes
         raise UnreadableImage(f"{name}: {error}") from error
 
 
 def class_names(source: Source) -> list[str]:
-    """Names of the classes in label order, printable, as a checkpoint has them; nothing where the data has none."""
+    """Names of the classes in label order, printable, as a checkpoint has them; empty if the data does not name them."""
     return [printable(name) for name in source.classes] if source.has_names else []
 
 
 def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """The folders below `top`, and itself, with the names of their files; links are followed.
+    """`top` and the folders below it, with the names of their files. Links are followed.
 
     Args:
         found: the folders met so far by their real paths; added to.
 
     Raises:
-        DataError: a link leads to one of them, or to one around it, where there would be no end.
+        DataError: a link leads to a folder met before, or to one that contains it, which would never end.
     """
     for folder, _, files in os.walk(top, followlinks=True):
-        # Of a path such as "." or "images/", only the absolute one says what is around it.
+        # Made absolute first: the parent of "." or "images/" cannot be read off the path.
         real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
         other = found.setdefault(real, folder)
         if other != folder:

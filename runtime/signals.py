@@ -1,4 +1,4 @@
-"""Stopping on request: the signals that people and schedulers send, noted and answered at the end of a step."""
+"""Stopping on request: signals from people and schedulers are noted, and answered at the end of a step."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from types import FrameType
 # What a run that was stopped and saved exits with: sysexits.h's EX_TEMPFAIL, "try again later".
 EXIT_STATUS = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A launcher may pass on what its processes got themselves: within so many seconds, two signals are one request.
+# A launcher may repeat a signal that its processes got already. Within so many seconds, two signals are one request.
 SAME_REQUEST = 1.0
 
 
@@ -19,15 +19,15 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Inside `with`, notes SIGTERM, SIGINT and SIGUSR1 instead of letting them end the process; a second one ends it at
-    once with status 128 + its number, also where Python's main thread is stuck. To be used in the main thread.
+    """Inside `with`, notes SIGTERM, SIGINT and SIGUSR1 instead of letting them end the process. A second signal ends it
+    at once with status 128 + its number, even if Python's main thread is stuck. Use it in the main thread.
 
     Attributes:
-        signal: name of the signal that came; None as long as none has.
+        signal: the name of the signal that came, or None.
         deferred: False at first, while there is nothing to save: a signal then ends the process at once, with
             EXIT_STATUS.
-        saving: True while the last checkpoint is being written: a launcher whose other processes have ended sends
-            signals that are no second request.
+        saving: True while the last checkpoint is being written. Signals do not count as a second request then: a
+            launcher sends some when its other processes have ended.
     """
 
     def __init__(self) -> None:
@@ -35,11 +35,11 @@ class StopRequest:
         self.deferred = self.saving = False
 
     def __enter__(self) -> "StopRequest":
-        # A shell starts background jobs deaf to Ctrl-C, and so they should stay.
+        # A shell makes background jobs ignore Ctrl-C. They should go on ignoring it.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heard}
-        # Handlers in Python run only when the main thread comes back from what it is in, such as waiting for a process
-        # that is no more. The numbers of signals, however, are written here at once.
+        # Python runs signal handlers only once its main thread returns from what it is doing, such as waiting for a
+        # process that has ended. The wake-up pipe gets the signal's number at once.
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -75,14 +75,14 @@ class StopRequest:
 
 
 def _say(message: str) -> None:
-    # Not through logging, whose lock a main thread that is stuck may hold; and stderr may be gone (`| tee` and Ctrl-C).
+    # Not through logging: a stuck main thread may hold its lock. And stderr may be closed (`| tee` and Ctrl-C).
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
 
 
 def ignore_signals(*_) -> None:
-    """Makes this process deaf to them: for loader processes, which a signal to the whole group reaches too, and whose
-    batches the step that is being finished still needs."""
+    """Makes this process ignore them. For loader processes: a signal to the whole group reaches them too, but the step
+    that is being finished still needs their batches."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)  # the pipe that it shares with its parent

@@ -1,4 +1,4 @@
-"""A thread that notices when training no longer advances, and says which process hangs and where."""
+"""A thread that notices when training no longer advances, and reports which process hangs and where."""
 
 import contextlib
 import faulthandler
@@ -23,7 +23,7 @@ ORPHAN_SECONDS = 60.0
 
 
 class Mark(NamedTuple):
-    """Where a process is. Positions of all processes compare: the smallest is the one that the others wait for."""
+    """Where a process is. Positions of processes compare: the others wait for the one with the smallest."""
 
     position: tuple[int, ...]
     doing: str
@@ -34,10 +34,10 @@ class Peer:
     """What is known of a process.
 
     Attributes:
-        pulse: grows as long as its watchdog lives.
-        silent: for how many seconds of listening the pulse has not grown.
+        pulse: a number that grows as long as its watchdog lives.
+        silent: seconds of listening in which the pulse has not grown.
         process, host: where it runs.
-        left: it has come to the end of its `with`, without an error.
+        left: whether it has left its `with` without an error.
     """
 
     name: str
@@ -49,18 +49,22 @@ class Peer:
     left: bool = False
 
     def killed(self) -> bool:
-        """Whether it has ended before its time. Nobody can know on another machine; one that is stopped has not."""
-        # Its silence counts too: machines may share a name, and containers have process ids of their own.
+        """Whether it has ended without leaving. On another machine nobody can tell. A stopped process has not ended."""
+        # It must be silent too: machines may share a name, and containers have their own process ids.
         silent = self.silent > ORPHAN_SECONDS and not self.left
         return silent and self.host == socket.gethostname() and not process_runs(self.process)
 
 
 class Watchdog:
-    """Inside `with`, ends this process (status 1) when `at` has not been called for `seconds`; or for `ORPHAN_SECONDS`
-    after the processes' store has gone, and with it rank 0 or torchrun, or while a process of this machine is silent
-    that no longer exists. Outside, does nothing.
+    """Inside `with`, ends this process (status 1) if `at` has not been called
 
-    The message names the process that hangs: the one whose own watchdog is silent (it is stopped, or its machine is
+    - for `seconds`, or
+    - for `ORPHAN_SECONDS` since the processes' store was lost, and with it rank 0 or torchrun, or
+    - for `ORPHAN_SECONDS` while another process of this machine is silent and no longer exists.
+
+    Outside, it does nothing.
+
+    The message names the process that hangs. That is one whose watchdog is silent (it is stopped, or its machine is
     gone), or else the one that is behind. The stack of this process goes to stderr.
 
     Args:
@@ -81,20 +85,20 @@ class Watchdog:
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self.world.distributed:
             self._peers = [Peer(f"rank {rank}") for rank in range(self.world.size)]
-            # On its own, because the store may hang: without torchrun it is in rank 0's process.
+            # A thread of its own, because the store may hang: without torchrun, rank 0's process serves it.
             self._threads.append(threading.Thread(target=self._talk, name="watchdog's store", daemon=True))
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._left = exception[0] is None  # for one that fails the others would wait in vain
+        self._left = exception[0] is None  # the others must not wait for one that fails
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=1)
 
     def at(self, *position: int, doing: str) -> None:
-        """Says that this process has come to `position`, where it is `doing` something that may take a while."""
+        """Notes that this process has come to `position` and is `doing` something that may take a while."""
         self._mark, self._since = Mark(position, doing), time.monotonic()
 
     def _idle(self) -> float:
@@ -106,7 +110,7 @@ class Watchdog:
             now = time.monotonic()
             if self._since != since:
                 waited, since = 0.0, self._since
-            # A process that was stopped and goes on (Ctrl-Z and fg) has not waited all that time.
+            # Time in which this process was stopped (Ctrl-Z, then fg) does not count.
             waited += min(now - looked, 2 * self.interval)
             looked = now
             if waited > self.seconds:
@@ -123,7 +127,7 @@ class Watchdog:
                 )
 
     def _give_up(self, reason: str) -> None:
-        """Says why, and ends this process whatever happens: the console may be what hangs."""
+        """Logs why, and ends this process whatever happens: even the console may hang."""
         try:
             with contextlib.suppress(Exception):  # no stderr
                 faulthandler.dump_traceback_later(20, exit=True)
@@ -135,8 +139,8 @@ class Watchdog:
             os._exit(1)
 
     def _talk(self) -> None:
-        """Tells the other processes where this one is; listens to them once it may have to judge."""
-        # A connection of its own: the process group's may be busy waiting, which is when this one is needed.
+        """Tells the other processes where this one is. Listens to them once it has waited for long."""
+        # A connection of its own: the process group's may be busy waiting just when this one is needed.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         pulse = 0
         try:
@@ -144,21 +148,21 @@ class Watchdog:
             store = dist.PrefixStore(f"{self.world.attempt}/watchdog", store)
             ended = False
             while not ended:
-                ended = self._ended.is_set()  # of which the others are told
+                ended = self._ended.is_set()  # the others are told once more
                 pulse += 1
                 content = [pulse, *self._mark, os.getpid(), socket.gethostname(), self._left]
                 store.set(str(self.world.rank), json.dumps(content))
                 if self._idle() > min(self.seconds, ORPHAN_SECONDS) / 2:
                     self._listen(store)
                 self._ended.wait(self.interval)
-        except RuntimeError as error:  # most often its process has gone, which the process group should notice too
-            if isinstance(error, dist.DistNetworkError):  # and not a store that is merely slow
+        except RuntimeError as error:  # usually its process has ended, which the process group should notice too
+            if isinstance(error, dist.DistNetworkError):  # a store that is merely slow raises something else
                 self._store_lost = time.monotonic()
             if not self._ended.is_set():
                 self.logger.info(f"the watchdog has lost the processes' store: {str(error).splitlines()[0]}")
 
     def _listen(self, store: dist.Store) -> None:
-        # Nor has a process that was stopped (Ctrl-Z and fg) listened all that time.
+        # Time in which this process was stopped (Ctrl-Z, then fg) does not count here either.
         listened = min(time.monotonic() - self._answered, 2 * self.interval)
         for rank, peer in enumerate(self._peers):
             before = peer.pulse
@@ -170,7 +174,7 @@ class Watchdog:
         self._answered = time.monotonic()
 
     def _reason(self) -> str:
-        """What hangs, as far as this process can know."""
+        """What hangs, as far as this process can tell."""
         here, now = self._mark.doing, time.monotonic()
         if not self._peers:
             return here
