@@ -266,7 +266,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
 
 
 def class_names(source: Source) -> list[str]:
-    """Names of the classes in label order, printable, as a checkpoint has them; empty if the data does not name them."""
+    """Names of the classes in label order, printable, as a checkpoint has them; empty if the data has none."""
     return [printable(name) for name in source.classes] if source.has_names else []
 
 
