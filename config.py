@@ -318,6 +318,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """The options that name a trained model; `engine.trained.load_trained` reads them.
+
+    Args:
+        nargs: argparse's, for tools that take several checkpoints.
+    """
+    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint: ours, released, or safetensors")
+    parser.add_argument("--cfg", metavar="FILE", help="config of the model; ours have it in the checkpoint")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        type=Path,
+        help="names of the classes, one per line in label order (default: those in the checkpoint, or ImageNet-1K's "
+        "where there are 1,000)",
+    )
+    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
+
+
 # The keys of a config that do not reach its model, and why.
 IdleKeys = Callable[[CfgNode], tuple[Sequence[str], str]]
 

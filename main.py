@@ -14,7 +14,7 @@ from logging import Logger
 from typing import Any
 
 from config import add_arguments, get_config, leaves, save_config
-from utils import UserError, run_entry_point, seed_all, writing_to
+from utils import UserError, parse_first, run_entry_point, seed_all, writing_to
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistakes are answered before PyTorch is imported, which takes seconds
+    parse_first(parse_args)
 
 import timm
 import torch

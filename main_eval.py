@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from config import add_arguments, get_config
-from utils import UserError, run_entry_point
+from utils import UserError, parse_first, run_entry_point
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and mistakes are answered before PyTorch is imported, which takes seconds
+    parse_first(parse_args)
 
 from engine.evaluate import evaluate_run
 from logger import json_numbers

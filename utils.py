@@ -4,6 +4,7 @@ randomness, and whether another process runs.
 It imports neither NumPy nor PyTorch, so that an entry point can answer --help before those are there.
 """
 
+import importlib.util
 import multiprocessing
 import os
 import random
@@ -55,6 +56,23 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{error.filename or folder}: cannot be written ({error.strerror}); choose another --output"
         ) from error
+
+
+def parse_first(parse: Callable[[], object], *modules: str, extra: str = "") -> None:
+    """For the top of an entry point: answers --help and wrong options before PyTorch is imported, which takes seconds.
+
+    If one of the `modules` is not installed, it ends the program with the command that installs them,
+    requirements/<extra>.txt.
+    """
+    parse()
+    require(*modules, extra=extra)
+
+
+def require(*modules: str, extra: str) -> None:
+    """Ends the program, with status 1, if one of the `modules` is not installed. See `parse_first`."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"error: needs {', '.join(missing)}: pip install -r requirements/{extra}.txt")
 
 
 def printable(name: str) -> str:

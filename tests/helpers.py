@@ -21,6 +21,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from config import add_checkpoint_arguments
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Makes any Strip-MLP config small enough for a test: 3,000 parameters or so, 32 x 32 images, one epoch.
@@ -59,11 +61,11 @@ def load_tool(path: Path) -> ModuleType:
 
 
 def trained_model(*arguments):
-    """What tools/trained.py makes of a command line."""
-    import trained
+    """What engine/trained.py makes of a command line."""
+    from engine import trained
 
     parser = argparse.ArgumentParser()
-    trained.add_arguments(parser)
+    add_checkpoint_arguments(parser)
     return trained.load_trained(parser.parse_args([str(argument) for argument in arguments]))
 
 

@@ -31,6 +31,52 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import UserError, parse_first, run_entry_point, writing_to
+
+NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML file, folder of them, or glob")
+    parser.add_argument("--base", metavar="FILE", help="compare all with this config (default: what their BASE names)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--epochs", type=int, help="TRAIN.EPOCHS, with the warm-up shortened in proportion")
+    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="per run, under torchrun (default: 1)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="(default: output/ablation/<folder of the first config>, where the tables are made anew)",
+    )
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set in all runs"
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--print", action="store_true", help="print the commands of what is not finished, run nothing")
+    action.add_argument("--report", action="store_true", help="only tabulate what is there")
+    args = parser.parse_args()
+    if len(args.opts) % 2:
+        parser.error("--opts takes pairs of a key and a value")
+    for key in NAMED_BY_US:
+        if key in args.opts[::2]:
+            parser.error(f"--opts {key}: chosen by this command; see --seeds and --output")
+    for flag, number in (("--epochs", args.epochs), ("--processes", args.processes)):
+        if number is not None and number < 1:
+            parser.error(f"{flag} {number}: accepted: 1 or more")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds {min(args.seeds)}: accepted: 0 or more")
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.output is None:
+        first = Path(args.configs[0])
+        name = (first if first.is_dir() else first.parent).resolve().name
+        args.output = Path("output/ablation") / (name if "*" not in name else "")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args, "matplotlib", extra="figures")
+
 import numpy as np
 import torch
 from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
@@ -42,11 +88,9 @@ from config import ConfigError, get_default_config, image_size, leaves, load_con
 from models import build_model, idle_keys
 from runtime.run_folder import run_path
 from runtime.signals import EXIT_STATUS
-from utils import UserError, run_entry_point, writing_to
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES_NOTHING = "changes nothing in the model"
-NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
 SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
 
 
@@ -556,44 +600,6 @@ def draw(settings: Sequence[Setting]) -> Figure:
         "orange: the base; grey: settings that are the same"
     )
     return figure
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML file, folder of them, or glob")
-    parser.add_argument("--base", metavar="FILE", help="compare all with this config (default: what their BASE names)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
-    parser.add_argument("--epochs", type=int, help="TRAIN.EPOCHS, with the warm-up shortened in proportion")
-    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="per run, under torchrun (default: 1)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="(default: output/ablation/<folder of the first config>, where the tables are made anew)",
-    )
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set in all runs"
-    )
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--print", action="store_true", help="print the commands of what is not finished, run nothing")
-    action.add_argument("--report", action="store_true", help="only tabulate what is there")
-    args = parser.parse_args()
-    if len(args.opts) % 2:
-        parser.error("--opts takes pairs of a key and a value")
-    for key in NAMED_BY_US:
-        if key in args.opts[::2]:
-            parser.error(f"--opts {key}: chosen by this command; see --seeds and --output")
-    for flag, number in (("--epochs", args.epochs), ("--processes", args.processes)):
-        if number is not None and number < 1:
-            parser.error(f"{flag} {number}: accepted: 1 or more")
-    if min(args.seeds) < 0:
-        parser.error(f"--seeds {min(args.seeds)}: accepted: 0 or more")
-    args.seeds = list(dict.fromkeys(args.seeds))
-    if args.output is None:
-        first = Path(args.configs[0])
-        name = (first if first.is_dir() else first.parent).resolve().name
-        args.output = Path("output/ablation") / (name if "*" not in name else "")
-    return args
 
 
 def main() -> None:

@@ -24,6 +24,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import UserError, parse_first, run_entry_point, writing_to
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders to search for runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/comparison"), help="where to write (default: output/comparison)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_first(parse_args, "matplotlib", extra="figures")
+
 from complexity import Count, model_complexity
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +47,6 @@ from plot_metrics import Record, read_metrics
 from tables import as_csv, markdown
 
 from config import leaves, load_config
-from utils import UserError, run_entry_point, writing_to
 
 # Where and how a run is kept, which no result depends on
 BOOKKEEPING = (
@@ -391,12 +405,7 @@ def save(folder: Path, files: dict[str, str | Figure]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders to search for runs")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/comparison"), help="where to write (default: output/comparison)"
-    )
-    args = parser.parse_args()
+    args = parse_args()
     runs = find_runs(args.folders)
     models = as_models(runs)
     overview, overview_csv = table(models, runs)

@@ -18,6 +18,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import UserError, parse_first, run_entry_point
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg", metavar="FILE", help="YAML config file")
+    what.add_argument("--table1", action="store_true", help="the paper's table 1, counted")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set"
+    )
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    if args.table1 and (args.opts or args.csv):
+        parser.error("--opts and --csv go with --cfg; --table1 is of the paper's models alone")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
 import timm
 import torch
 from tables import as_csv, markdown
@@ -28,7 +49,7 @@ from torch.utils.flop_counter import flop_registry
 
 from config import image_size, load_config
 from models import build_model, idle_keys
-from utils import UserError, run_entry_point
+from models.build import ModelError
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
@@ -183,13 +204,16 @@ def model_complexity(config) -> Complexity:
     """Of the model of a config.
 
     Raises:
-        ValueError: the model cannot be built, or cannot run on images of that size.
+        ModelError: the model cannot be built, or cannot run on images of that size.
     """
     config = without_data(config)
     try:
         return Complexity(build_model(config), image_size(config))
+    except ModelError:
+        raise
     except Exception as error:  # any timm model's own, for sizes that it does not take
-        raise ValueError(f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} pixels: {error}") from error
+        problem = f"{config.MODEL.NAME} at {config.DATA.IMG_SIZE} pixels: {error}"
+        raise ModelError(f"the model of the config cannot be built: {problem}") from error
 
 
 def megabytes(count: int) -> str:
@@ -266,21 +290,6 @@ def table1() -> str:
     return markdown(titles, rows) + "\n" + markdown(("figure", "published", "counted"), figures)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cfg", metavar="FILE", help="YAML config file")
-    what.add_argument("--table1", action="store_true", help="the paper's table 1, counted")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set"
-    )
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="write the table there too")
-    args = parser.parse_args()
-    if args.table1 and (args.opts or args.csv):
-        parser.error("--opts and --csv go with --cfg; --table1 is of the paper's models alone")
-    return args
-
-
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
@@ -290,10 +299,7 @@ def main() -> None:
     config, notes = load_config(args.cfg, args.opts, idle_keys=idle_keys)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    try:
-        complexity = model_complexity(config)
-    except ValueError as error:
-        raise UserError(f"the model of the config cannot be built: {error}") from error
+    complexity = model_complexity(config)
     total = complexity.of()
     batch, (height, width) = config.DATA.BATCH_SIZE, image_size(config)
     print(report(complexity), end="")

@@ -13,15 +13,13 @@ written.
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
-from trained import Trained, add_arguments, load_trained
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import get_default_config, leaves
-from models.build import released_patch_channels
-from models.released import to_released_names
-from runtime.checkpoint import CheckpointError, save_checkpoint, save_safetensors
-from utils import UserError, run_entry_point
+from config import add_checkpoint_arguments, get_default_config, leaves
+from utils import UserError, parse_first, run_entry_point
 
 SUFFIXES = (".pth", ".safetensors")
 
@@ -30,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument("output", type=Path, help=f"file to write, {' or '.join(SUFFIXES)}")
     parser.add_argument("--to", choices=["ours", "released"], default="ours", help="whose names (default: ours)")
     parser.add_argument("--force", action="store_true", help="replace the output if it is there")
@@ -38,6 +36,15 @@ def parse_args() -> argparse.Namespace:
     if args.output.suffix not in SUFFIXES:
         parser.error(f"output is {args.output}; accepted: a name that ends in {' or '.join(SUFFIXES)}")
     return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
+from engine.trained import Trained, load_trained
+from models.build import released_patch_channels
+from models.released import to_released_names
+from runtime.checkpoint import CheckpointError, save_checkpoint, save_safetensors
 
 
 def write(trained: Trained, output: Path, names: str) -> None:

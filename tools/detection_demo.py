@@ -31,11 +31,67 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import UserError, parse_first, run_entry_point, seed_all, writing_to
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def above_0(kind: type) -> Callable[[str], Any]:
+        def parse(text: str) -> Any:
+            try:
+                value = kind(text)
+            except ValueError:
+                value = 0
+            if not 0 < value < float("inf"):
+                number = "a whole number" if kind is int else "a number"
+                raise argparse.ArgumentTypeError(f"{text!r}; accepted: {number} above 0")
+            return value
+
+        return parse
+
+    count = above_0(int)
+    add = parser.add_argument
+    add("--detector", choices=["retinanet", "faster_rcnn"], default="retinanet", help="(retinanet)")
+    add("--model", default="strip_mlp_pico", metavar="NAME", help="timm's name of the backbone (strip_mlp_pico)")
+    add("--checkpoint", type=Path, metavar="FILE", help="of a classifier, to start its backbone from")
+    add("--size", type=count, nargs="+", default=[128], metavar="N", help="side of a canvas, or height and width (128)")
+    add("--digit-size", type=count, nargs=2, default=[20, 56], metavar=("MIN", "MAX"), help="in pixels (20 56)")
+    add("--images", type=count, default=2000, metavar="N", help="canvases to train with (2000)")
+    add("--val-images", type=count, default=300, metavar="N", help="canvases to evaluate with (300)")
+    add("--epochs", type=count, default=10, metavar="N", help="(10)")
+    add("--batch-size", type=count, default=16, metavar="N", help="canvases per step (16)")
+    add("--lr", type=above_0(float), default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
+    add("--seed", type=int, default=0, metavar="N", help="of the canvases, weights and order; 0 or more (0)")
+    add("--threads", type=count, metavar="N", help="of the CPU (PyTorch's default)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
+    add("--output", type=Path, default=Path("output/detection_demo"), metavar="FOLDER", help="(output/detection_demo)")
+    args = parser.parse_args(argv)
+    if len(args.size) > 2:
+        parser.error(f"argument --size: {len(args.size)} numbers; accepted: one, or height and width")
+    args.size = tuple(args.size * 2)[:2]
+    if not args.digit_size[0] <= args.digit_size[1] <= min(args.size):
+        parser.error(
+            f"argument --digit-size: {args.digit_size[0]} {args.digit_size[1]}; accepted: two sizes in ascending order "
+            f"of at most {min(args.size)} pixels, the shorter side of --size"
+        )
+    if args.images < args.batch_size:
+        parser.error(f"argument --images: {args.images}; accepted: at least --batch-size, {args.batch_size}")
+    if args.seed < 0:
+        parser.error(f"argument --seed: {args.seed}; accepted: 0 or more")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args, "matplotlib", "pycocotools", extra="detection")
+
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark_report import commit, cpu_name
+from bench.report import commit, cpu_name
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -55,7 +111,6 @@ import models  # noqa: F401  (registers the variants with timm)
 from data import digit_sources
 from data.sources import Source
 from runtime.checkpoint import load_weights, read_checkpoint, save_checkpoint
-from utils import UserError, run_entry_point, seed_all, writing_to
 
 FILES = ("results.json", "detections.png", "detector.pth")
 MOST_DIGITS = 4  # on a canvas
@@ -288,18 +343,6 @@ def collate(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], lis
     return list(images), list(targets)
 
 
-def load_pycocotools() -> tuple[type, type]:
-    """Its classes COCO and COCOeval."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise UserError(
-            f"pycocotools, which measures average precision, cannot be imported ({error}): pip install pycocotools"
-        ) from error
-    return COCO, COCOeval
-
-
 def average_precision(truth: Sequence[Target], found: Sequence[Target], classes: Sequence[str]) -> dict[str, Any]:
     """COCO's average precision of boxes, at most 100 per image.
 
@@ -312,7 +355,8 @@ def average_precision(truth: Sequence[Target], found: Sequence[Target], classes:
         "AP" (mean over IoU thresholds of 0.5 to 0.95), "AP50" and "AP75", means over the classes that occur, and "AP
         by class"; all in [0, 1].
     """
-    COCO, COCOeval = load_pycocotools()
+    from pycocotools.coco import COCO  # an extra: requirements/detection.txt
+    from pycocotools.cocoeval import COCOeval
 
     def dataset(images: Sequence[Target]):
         annotations = []
@@ -457,56 +501,6 @@ def save_small(figure: Figure, path: Path) -> None:
         Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def above_0(kind: type) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-            except ValueError:
-                value = 0
-            if not 0 < value < float("inf"):
-                number = "a whole number" if kind is int else "a number"
-                raise argparse.ArgumentTypeError(f"{text!r}; accepted: {number} above 0")
-            return value
-
-        return parse
-
-    count = above_0(int)
-    add = parser.add_argument
-    add("--detector", choices=DETECTORS, default="retinanet", help="(retinanet)")
-    add("--model", default="strip_mlp_pico", metavar="NAME", help="timm's name of the backbone (strip_mlp_pico)")
-    add("--checkpoint", type=Path, metavar="FILE", help="of a classifier, to start its backbone from")
-    add("--size", type=count, nargs="+", default=[128], metavar="N", help="side of a canvas, or height and width (128)")
-    add("--digit-size", type=count, nargs=2, default=[20, 56], metavar=("MIN", "MAX"), help="in pixels (20 56)")
-    add("--images", type=count, default=2000, metavar="N", help="canvases to train with (2000)")
-    add("--val-images", type=count, default=300, metavar="N", help="canvases to evaluate with (300)")
-    add("--epochs", type=count, default=10, metavar="N", help="(10)")
-    add("--batch-size", type=count, default=16, metavar="N", help="canvases per step (16)")
-    add("--lr", type=above_0(float), default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
-    add("--seed", type=int, default=0, metavar="N", help="of the canvases, weights and order; 0 or more (0)")
-    add("--threads", type=count, metavar="N", help="of the CPU (PyTorch's default)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
-    add("--output", type=Path, default=Path("output/detection_demo"), metavar="FOLDER", help="(output/detection_demo)")
-    args = parser.parse_args(argv)
-    if len(args.size) > 2:
-        parser.error(f"argument --size: {len(args.size)} numbers; accepted: one, or height and width")
-    args.size = tuple(args.size * 2)[:2]
-    if not args.digit_size[0] <= args.digit_size[1] <= min(args.size):
-        parser.error(
-            f"argument --digit-size: {args.digit_size[0]} {args.digit_size[1]}; accepted: two sizes in ascending order "
-            f"of at most {min(args.size)} pixels, the shorter side of --size"
-        )
-    if args.images < args.batch_size:
-        parser.error(f"argument --images: {args.images}; accepted: at least --batch-size, {args.batch_size}")
-    if args.seed < 0:
-        parser.error(f"argument --seed: {args.seed}; accepted: 0 or more")
-    return args
-
-
 def find_device(name: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
@@ -542,7 +536,6 @@ def circumstances(device: torch.device) -> dict[str, dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    load_pycocotools()
     device = find_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -24,7 +24,6 @@ options that are not accepted.
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import os
@@ -40,20 +39,63 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import add_checkpoint_arguments, image_size
+from utils import UserError, parse_first, require, run_entry_point, writing_to
+
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  # by --format
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="(default: onnx)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a name that ends in .onnx or .pt2; what is there is replaced (default: beside the checkpoint, with its "
+        "name, if nothing is there)",
+    )
+    parser.add_argument("--normalize", action="store_true", help="the file takes uint8 images and normalises them")
+    parser.add_argument(
+        "--no-reparameterize",
+        dest="reparameterize",
+        action="store_false",
+        help="without folding BatchNorms, position tables and chained fusions, which by default is done where the "
+        "model has a reparameterize()",
+    )
+    parser.add_argument("--int8", action="store_true", help="quantise the ONNX file")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="D", help="accepted difference of logits (default: 1e-4)"
+    )
+    parser.add_argument("--evaluate", action="store_true", help="accuracy and speed on the validation data")
+    args = parser.parse_args()
+    if args.device == "cuda":
+        parser.error("--device cuda: models are exported and checked on the CPU, for any device")
+    if args.int8 and args.format != "onnx":
+        parser.error("--int8 goes with --format onnx")
+    suffix = SUFFIXES[args.format]
+    if args.output and args.output.suffix != suffix:
+        parser.error(f"--output {args.output}: accepted with --format {args.format}: a name that ends in {suffix}")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
 import torch
 from tables import markdown
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
-from trained import Trained, add_arguments, load_trained
 
-from config import image_size
 from data import build_eval_loader
 from data.transforms import SMALL_IMAGE
+from engine.trained import Trained, load_trained
 from runtime.distributed import World
-from utils import UserError, run_entry_point, writing_to
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  # by --format
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # What PyTorch's exporter writes its operators in, in all versions: others are converted from it, and fewer runtimes
 # read them.
@@ -141,16 +183,6 @@ def preprocessing(config) -> str:
         return f"resize to {height} x {width} (height x width), {method}, as Pillow does"
     cover = f"{int(256 / 224 * height)} x {int(256 / 224 * width)}"
     return f"resize, keeping the ratio, to cover {cover} (height x width), {method}, as Pillow does; crop the centre"
-
-
-def require_onnx() -> None:
-    """Raises UserError where a package is missing, naming what to install."""
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"--format onnx needs packages that are not installed: {', '.join(missing)}; install them: "
-            f"pip install {' '.join(ONNX_PACKAGES)}; or take --format torch"
-        )
 
 
 @contextmanager
@@ -371,47 +403,10 @@ def table(forms: Sequence[Form], evaluated: int) -> str:
     return markdown(titles, rows)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_arguments(parser)
-    parser.add_argument("--format", choices=SUFFIXES, default="onnx", help="(default: onnx)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="a name that ends in .onnx or .pt2; what is there is replaced (default: beside the checkpoint, with its "
-        "name, if nothing is there)",
-    )
-    parser.add_argument("--normalize", action="store_true", help="the file takes uint8 images and normalises them")
-    parser.add_argument(
-        "--no-reparameterize",
-        dest="reparameterize",
-        action="store_false",
-        help="without folding BatchNorms, position tables and chained fusions, which by default is done where the "
-        "model has a reparameterize()",
-    )
-    parser.add_argument("--int8", action="store_true", help="quantise the ONNX file")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="D", help="accepted difference of logits (default: 1e-4)"
-    )
-    parser.add_argument("--evaluate", action="store_true", help="accuracy and speed on the validation data")
-    args = parser.parse_args()
-    if args.device == "cuda":
-        parser.error("--device cuda: models are exported and checked on the CPU, for any device")
-    if args.int8 and args.format != "onnx":
-        parser.error("--int8 goes with --format onnx")
-    suffix = SUFFIXES[args.format]
-    if args.output and args.output.suffix != suffix:
-        parser.error(f"--output {args.output}: accepted with --format {args.format}: a name that ends in {suffix}")
-    return args
-
-
 def main() -> None:
     args = parse_args()
     if args.format == "onnx":
-        require_onnx()
+        require(*ONNX_PACKAGES, extra="export")
     args.device = "cpu"
     output = args.output or args.checkpoint.with_suffix(SUFFIXES[args.format])
     if not args.output and output.exists():

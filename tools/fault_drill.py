@@ -22,6 +22,27 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import parse_first
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--kills", type=int, help="until so many kills (default: 50)")
+    length.add_argument("--minutes", type=float, help="until so many minutes have passed")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of the kills")
+    parser.add_argument("--output", type=Path, help="an empty folder for the runs (default: a temporary one)")
+    args = parser.parse_args()
+    if (args.kills or 1) < 1 or (args.minutes or 1) <= 0:
+        parser.error("--kills and --minutes must be more than 0")
+    return args
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -244,20 +265,12 @@ def report(results: dict[str, Result]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--kills", type=int, help="until so many kills (default: 50)")
-    length.add_argument("--minutes", type=float, help="until so many minutes have passed")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds of the kills")
-    parser.add_argument("--output", type=Path, help="an empty folder for the runs (default: a temporary one)")
-    args = parser.parse_args()
-    if (args.kills or 1) < 1 or (args.minutes or 1) <= 0:
-        parser.error("--kills and --minutes must be more than 0")
+    args = parse_args()
     kills = 50 if args.kills is None and args.minutes is None else args.kills
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         if any(args.output.iterdir()):
-            parser.error(f"--output {args.output}: not empty")
+            sys.exit(f"error: --output {args.output}: not empty")
         good = report(drill(kills, args.minutes, args.seed, args.output.resolve()))
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,30 @@ from collections.abc import Sequence
 from math import isfinite, nan
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import parse_first
+
+EXAMPLE = """\
+example:
+  python tools/plot_metrics.py runs/strip_mlp_t    # writes runs/strip_mlp_t/curves.png
+"""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Draw a run's loss, accuracy and learning rate from <run>/metrics.jsonl into a PNG.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, with metrics.jsonl in it")
+    parser.add_argument("--output", type=Path, help="the PNG file to write (default: <run>/curves.png)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_first(parse_args, "matplotlib", extra="figures")
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -24,10 +48,6 @@ OPTIONAL = ("train_loss", "val_loss", "top1", "top5", "images_per_second", "seco
 FIRST_COLOR = "#006BA4"
 SECOND_COLOR = "#FF800E"
 
-EXAMPLE = """\
-example:
-  python tools/plot_metrics.py runs/strip_mlp_t    # writes runs/strip_mlp_t/curves.png
-"""
 
 Record = dict[str, float]
 
@@ -137,14 +157,7 @@ def draw_metrics(records: Sequence[Record], title: str) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw a run's loss, accuracy and learning rate from <run>/metrics.jsonl into a PNG.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="the run's folder, with metrics.jsonl in it")
-    parser.add_argument("--output", type=Path, help="the PNG file to write (default: <run>/curves.png)")
-    arguments = parser.parse_args(argv)
+    arguments = parse_args(argv)
     run: Path = arguments.run
     metrics = run / "metrics.jsonl"
     output: Path = arguments.output or run / "curves.png"

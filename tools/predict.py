@@ -30,18 +30,53 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import add_checkpoint_arguments
+from utils import UserError, parse_first, printable, run_entry_point
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `low` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"{value}; accepted: {low} or more")
+        return value
+
+    return number
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument("images", nargs="+", help='image files, folders, or "-" for a list of them on standard input')
+    parser.add_argument("--top-k", type=at_least(1), default=5, metavar="N", help="classes per image (default: 5)")
+    parser.add_argument("--format", choices=["text", "json", "csv"], default="text", help="(default: text)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write there, over what it holds (default: standard output)"
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="images (default: 64)")
+    parser.add_argument(
+        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (default: 0, this one)"
+    )
+    return parser.parse_intermixed_args()  # options may stand between the images
+
+
+if __name__ == "__main__":
+    parse_first(parse_args)
+
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
-from trained import Trained, add_arguments, load_trained
 
 from data.sources import decode, find_images, read_file
 from engine.evaluate import autocast, resolve_amp
+from engine.trained import Trained, load_trained
 from runtime.signals import ignore_signals
-from utils import UserError, printable, run_entry_point
 
 
 @dataclass
@@ -162,35 +197,6 @@ def csv_lines(rows: Sequence[Sequence[object]]) -> str:
 
 
 FORMATS = {"text": as_text, "json": as_json, "csv": as_csv}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_arguments(parser)
-    parser.add_argument("images", nargs="+", help='image files, folders, or "-" for a list of them on standard input')
-    parser.add_argument("--top-k", type=at_least(1), default=5, metavar="N", help="classes per image (default: 5)")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write there, over what it holds (default: standard output)"
-    )
-    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="images (default: 64)")
-    parser.add_argument(
-        "--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (default: 0, this one)"
-    )
-    return parser.parse_intermixed_args()  # options may stand between the images
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `low` on."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < low:
-            raise argparse.ArgumentTypeError(f"{value}; accepted: {low} or more")
-        return value
-
-    return number
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ if [ $# -gt 0 ]; then  # it has no options
 fi
 cd "$(dirname "$0")/.."
 source tools/setup_venv.sh
-setup_venv requirements.txt
+setup_venv requirements.txt requirements/figures.txt
 
 # The model is so small that a second thread gains little, and costs many times that where something else runs too.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Sets up, then lints and tests. Options go to pytest:
 #   bash tools/run_tests.sh
+#   bash tools/run_tests.sh -m "not slow"   # under 2 minutes
 #   bash tools/run_tests.sh -k config
 # VENV and PYTHON: see tools/setup_venv.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/setup_venv.sh
-setup_venv requirements.txt tests/requirements.txt
+setup_venv requirements.txt requirements/*.txt tests/requirements.txt
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # Two workers, each with a share of the files, on one thread each: with more threads than cores they slow each other down.

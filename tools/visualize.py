@@ -8,7 +8,7 @@
 
 Each has a --help of its own. A picture is a PNG, in the current folder unless --output says otherwise; what is there is
 replaced only if --output names it. Prints the names of the files. The exit status is 0 if they are written, 1 if not, 2
-for options that are none.
+for options that are not accepted.
 """
 
 import argparse
@@ -17,12 +17,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from figures.options import PICTURES, at_least
+
+from utils import UserError, parse_first, run_entry_point, writing_to
+
+
+def parse_args() -> argparse.Namespace:
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **form)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
+    for name, (description, add_arguments) in PICTURES.items():
+        title = description.splitlines()[0]
+        command = commands.add_parser(name, help=title[0].lower() + title[1:], description=description, **form)
+        add_arguments(command)
+        default = f"{name.replace('-', '_')}.png"
+        command.add_argument("--dpi", type=at_least(150), default=200, help="of the PNG, 150 or more (default: 200)")
+        command.add_argument("--output", metavar="FILE", type=Path, help=f"the PNG to write (default: {default})")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_first(parse_args, "matplotlib", extra="figures")
+
 import matplotlib
 from figures import augmented, cam, mistakes, receptive_field, strips
-from figures.common import at_least
 from matplotlib.figure import Figure
-
-from utils import UserError, run_entry_point, writing_to
 
 COMMANDS = {
     "receptive-field": receptive_field,
@@ -31,31 +50,17 @@ COMMANDS = {
     "augmented": augmented,
     "mistakes": mistakes,
 }
-# Sizes are those of the print: no figure is wider than a page. Names of files and classes are no formulas.
+# Sizes are as in print: no figure is wider than a page. Names of files and classes are not formulas.
 SIZES = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
 STYLE = {"font.size": 9, **dict.fromkeys(SIZES, 9), "text.parse_math": False, "axes.linewidth": 0.6}
 STYLE |= {"figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06}
-
-
-def parse_args() -> argparse.Namespace:
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **form)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="PICTURE")
-    for name, module in COMMANDS.items():
-        title = module.__doc__.splitlines()[0]
-        command = commands.add_parser(name, help=title[0].lower() + title[1:], description=module.__doc__, **form)
-        module.add_arguments(command)
-        default = f"{name.replace('-', '_')}.png"
-        command.add_argument("--dpi", type=at_least(150), default=200, help="of the PNG, 150 or more (default: 200)")
-        command.add_argument("--output", metavar="FILE", type=Path, help=f"the PNG to write (default: {default})")
-    return parser.parse_args()
 
 
 def output_paths(output: Path | None, command: str) -> list[Path]:
     """The files that a picture goes to.
 
     Raises:
-        UserError: no PNG, no such folder, or a file is there that nobody has named.
+        UserError: not a PNG, no such folder, or a file is there and --output does not name it.
     """
     path = output or Path(f"{command.replace('-', '_')}.png")
     if path.suffix.lower() != ".png":

@@ -3,17 +3,14 @@
 import csv
 import json
 import math
-import sys
 
 import benchmark
-import benchmark_report
 import pytest
-import roofline
-import timing
 import timm
 import torch
-from complexity import Complexity
-from contenders import (
+from bench import compare, options, roofline, timing
+from bench import report as benchmark_report
+from bench.contenders import (
     Contender,
     LiteralStripMLP,
     Step,
@@ -22,9 +19,10 @@ from contenders import (
     random_batch,
     set_checkpointing,
 )
-from growth import Counted, Exponent
-from peak_memory import PREDICTS_FROM, backward, measured_peak, predicted_peak
-from timing import Quartiles, Timing, interleave, ratio, rotated
+from bench.growth import Counted, Exponent
+from bench.memory import measured_peak
+from bench.timing import Quartiles, Timing, interleave, ratio, rotated
+from complexity import Complexity
 from torch import nn
 
 from models.released import checkpoint_filter_fn
@@ -32,7 +30,6 @@ from tests.helpers import ROOT
 from utils import run_entry_point
 
 CPU = torch.device("cpu")
-needs_prediction = pytest.mark.skipif(torch.__version__ < PREDICTS_FROM, reason="needs a newer PyTorch")
 PICO = ["strip_mlp_pico", "literal:strip_mlp_pico"]
 QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--device", "cpu"]
 
@@ -40,8 +37,8 @@ QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds"
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch):
     """The real ones take seconds."""
-    benchmark.ceilings_of.cache_clear()
-    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: roofline.Ceilings(1e12, "linear", 1e10))
+    compare.ceilings_of.cache_clear()
+    monkeypatch.setattr(compare, "measure_ceilings", lambda *_: roofline.Ceilings(1e12, "linear", 1e10))
     monkeypatch.setattr(timing, "SHORTEST", 0.0)
 
 
@@ -105,9 +102,10 @@ def test_names():
 
 
 def test_default_set():
-    args = benchmark.parse_args(["--device", "cpu"])
-    assert [g.task for g in benchmark.as_groups(args)] == ["inference", "training"]
-    assert {(g.dtype, g.batch, g.img_size) for g in benchmark.as_groups(args)} == {("float32", 8, 224)}
+    args = options.parse_args(["--device", "cpu"], "")
+    compare.complete(args)
+    assert [g.task for g in compare.as_groups(args)] == ["inference", "training"]
+    assert {(g.dtype, g.batch, g.img_size) for g in compare.as_groups(args)} == {("float32", 8, 224)}
     names = [c.model for c in parse_contenders(args.contenders, args.modes)]
     assert names[:2] == ["strip_mlp_tiny", "literal:strip_mlp_tiny"]
     assert [name.partition("_")[0] for name in names[2:]] == ["swin", "convnext", "resnet50", "resmlp"]
@@ -138,23 +136,6 @@ def test_order_rotates():
     assert len(timings["a"].seconds) == 7
 
 
-@needs_prediction
-def test_memory_of_training_against_the_literal_equations():
-    """At most 0.7 of theirs under bfloat16, as the README says; activation checkpointing takes less than half of that.
-    Computed, and so the same on any machine."""
-
-    def peak(name, checkpointed=False):
-        model = build(name, 224)
-        if checkpointed:
-            set_checkpointing(model, name)
-        weights = sum(p.nbytes for p in model.parameters())
-        return predicted_peak(model, 16, 224, torch.bfloat16) - 4 * weights  # gradients and moments are the same
-
-    ours, literal = peak("strip_mlp_tiny_light"), peak("literal:strip_mlp_tiny_light")
-    assert 0.5 * literal < ours < 0.7 * literal
-    assert peak("strip_mlp_tiny_light", checkpointed=True) < 0.5 * ours
-
-
 def test_modes_of_one_task():
     images, targets = random_batch(2, 32, CPU, "channels_last")
     contender = Contender("strip_mlp_pico", "checkpoint")
@@ -182,7 +163,7 @@ class Wide(nn.Module):
 
 
 def test_memory_meter(monkeypatch):
-    monkeypatch.setattr("contenders.build", lambda name, img_size: Wide())
+    monkeypatch.setattr("bench.contenders.build", lambda name, img_size: Wide())
     images, targets = random_batch(64, 32, CPU, "contiguous")
     weights, activations = 4 * 3 * 32 * 32 * 1000, 4 * 64 * 1000
     held = weights + images.nbytes + targets.nbytes
@@ -197,57 +178,12 @@ def test_memory_meter(monkeypatch):
 
 @pytest.mark.cuda
 def test_memory_meter_counts_no_other(monkeypatch):
-    monkeypatch.setattr("contenders.build", lambda name, img_size: Wide())
+    monkeypatch.setattr("bench.contenders.build", lambda name, img_size: Wide())
     images, targets = random_batch(64, 32, torch.device("cuda"), "contiguous")
     other = torch.zeros(1 << 28, device="cuda")
     step = Step(Contender("wide"), images, targets, "training")
     step()
     assert 4 * 4 * 3 * 32 * 32 * 1000 < measured_peak(step) < other.nbytes
-
-
-@needs_prediction
-def test_predicted_memory():
-    def peak(name, batch=8, dtype=torch.bfloat16, task="training"):
-        return predicted_peak(build(name, 32), batch, 32, dtype, task=task)
-
-    weights = 4 * sum(p.numel() for p in build("strip_mlp_pico", 32).parameters())
-    for name in PICO:
-        training = peak(name)
-        assert 4 * weights < training < peak(name, batch=32, dtype=torch.float32)
-        assert weights < peak(name, task="inference") < training
-
-
-@needs_prediction
-def test_predicted_memory_by_hand():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 1, 1, bias=False)
-
-        def forward(self, x):
-            return self.conv(x).flatten(1)[:, :1000]
-
-    images, maps = 4 * 16 * 3 * 64 * 64, 4 * 16 * 64 * 64
-    inference = predicted_peak(Net(), 16, 64, torch.float32, task="inference")
-    assert images + maps <= inference <= images + maps + 4096
-    training = predicted_peak(Net(), 16, 64, torch.float32)
-    assert images + maps < training < images + 2.5 * maps  # and the gradient of the map
-
-
-@needs_prediction
-@pytest.mark.parametrize("name", [*PICO, "resnet18", "swin_tiny_patch4_window7_224"])
-def test_backward_from_python(name):
-    images, targets = random_batch(2, 32, CPU, "channels_last")
-    model = build(name, 32).train()
-    loss = nn.functional.cross_entropy(model(images), targets)
-    loss.backward(retain_graph=True)
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    graph = [loss]
-    del loss
-    backward(graph)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("name", [*PICO, "resnet18", "swin_tiny_patch4_window7_224"])
@@ -325,35 +261,12 @@ def test_reparameterized(monkeypatch):
             assert not self.training
             self.merged = True
 
-    monkeypatch.setattr("contenders.build", lambda name, img_size: Net())
+    monkeypatch.setattr("bench.contenders.build", lambda name, img_size: Net())
     images, targets = random_batch(2, 32, CPU, "channels_last")
     step = Step(Contender("net", "reparameterized"), images, targets)
     assert step().shape == (2, 1000) and step.model.merged
     with pytest.raises(ValueError, match="of inference alone, not of training"):
         Step(Contender("net", "reparameterized"), images, targets, "training")
-
-
-@needs_prediction
-def test_prediction_command(monkeypatch, tmp_path, capsys):
-    output = tmp_path / "p.json"
-    run(
-        monkeypatch,
-        "--predict-memory",
-        "--contenders",
-        *PICO,
-        "--batch-sizes",
-        4,
-        "--img-sizes",
-        32,
-        "--output",
-        output,
-    )
-    assert "computed, not measured" in capsys.readouterr().out
-    rows = json.loads(output.read_text())["computed_not_measured"]
-    assert [(row["contender"], row["task"], row["dtype"]) for row in rows] == [
-        (n, "training", "bfloat16") for n in PICO
-    ]
-    assert all(row["computed_peak_bytes"] > 2**20 for row in rows)
 
 
 def test_growth(monkeypatch, tmp_path):
@@ -382,15 +295,6 @@ def test_exponent():
     assert Counted.of("sparse_mlp_tiny", 32).strip_macs == 0
 
 
-def test_data_goes_to_the_data_benchmark(monkeypatch):
-    benchmark_data = pytest.importorskip("benchmark_data")
-    received = []
-    monkeypatch.setattr(benchmark_data, "main", received.append)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--workers", "2", "--data", "--x"])
-    benchmark.main()
-    assert received == [["--workers", "2", "--x"]]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -400,7 +304,6 @@ def test_data_goes_to_the_data_benchmark(monkeypatch):
         (["--contenders", "literal:resnet18"], "accepted: literal:strip_mlp_*"),
         (["--contenders", "resnet18:reparameterized"], "resnet18 has no reparameterize()"),
         (["--contenders", "resnet18:reparameterized", "--tasks", "training"], "accepted: --tasks inference"),
-        (["--contenders", "resnet18:compile", "--predict-memory"], "accepted: eager, checkpoint"),
         (["--contenders", "resnet18", "--modes", "reparameterized"], "no contender is left"),
         (["--rounds", "2"], "--rounds is 2; accepted: 3 or more"),
         (["--batch-sizes", "8", "0"], "--batch-sizes is 0; accepted: 1 or more"),
@@ -425,7 +328,7 @@ def test_growth_of_a_model_of_one_size_is_refused(monkeypatch, capsys, tmp_path)
     def one_size(name, img_size):
         raise ValueError("wants 224")
 
-    monkeypatch.setattr("growth.build", one_size)
+    monkeypatch.setattr("bench.growth.build", one_size)
     arguments = ["--growth", "resnet18", "--img-sizes", "32", "64", "--output", tmp_path / "g.json"]
     assert "resnet18 at 32 pixels: wants 224" in refused(monkeypatch, capsys, *arguments)
 

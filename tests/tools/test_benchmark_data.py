@@ -3,10 +3,10 @@
 import json
 import time
 
-import benchmark_data
 import numpy as np
 import pytest
 import torch
+from bench import data as benchmark_data
 
 from config import ConfigError, load_config
 from data.sources import FolderSource
@@ -44,7 +44,7 @@ def training_config(**values):
 def test_from_no_data_to_two_files(tmp_path):
     """With made images and a real step, as a command."""
     output = tmp_path / "new/result.json"
-    command = ("tools/benchmark_data.py", *SMALL, "--cfg", PICO, "--output", output, "--workers", 0, 1)
+    command = ("tools/benchmark.py", "--data", *SMALL, "--cfg", PICO, "--output", output, "--workers", 0, 1)
     done = python(*command, "--opts", *SMALL_MODEL)
     assert "making 4 photograph-like JPEGs" in done.stdout
     result = json.loads(output.read_text())
@@ -64,7 +64,7 @@ def test_from_no_data_to_two_files(tmp_path):
         assert 0 < row["data_wait"] < 1
         assert row["step_images_per_second"] > 0
     assert result["machine"]["gpu"] is None
-    assert result["command"].startswith("python tools/benchmark_data.py --images 4 ")
+    assert result["command"].startswith("python tools/benchmark.py --data --images 4 ")
 
     text = (tmp_path / "new/result.md").read_text()
     assert text in done.stdout

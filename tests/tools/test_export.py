@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import export
 import pytest
 import torch
-from trained import Trained
 
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
 from engine.evaluate import evaluate
+from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, trained_model

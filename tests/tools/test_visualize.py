@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import trained
 import visualize
 from figures import augmented, cam, common, mistakes, receptive_field, strips
 from figures.receptive_field import Field, effective_receptive_fields
@@ -20,6 +19,7 @@ from torch import nn
 import main as training
 from config import leaves, load_config
 from data import build_sources
+from engine import trained
 from engine.evaluate import evaluate_run
 from models import StripMLP, build_model
 from models.strip_mlp import StripMLPLayer

@@ -1,12 +1,4 @@
-"""Augmented images: the first of a training epoch, as the model gets them.
-
-    python tools/visualize.py augmented --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA
-    python tools/visualize.py augmented --cfg configs/strip_mlp_pico_digits.yaml --opts AUG.REPROB 0.5 AUG.CUTMIX 1.0
-
-The same images that main.py trains on with that config and seed as a single process on the CPU: transformed, erased and
-mixed as a batch of DATA.BATCH_SIZE, then without the normalisation. Above each, its class; of a mixture, the classes
-and their shares of the target, without label smoothing.
-"""
+"""Augmented images: the first of a training epoch, as the model gets them."""
 
 import argparse
 import math
@@ -22,7 +14,7 @@ from data import build_batch_transform, build_mixup, build_sources, build_train_
 from runtime.distributed import World
 from utils import seed_all
 
-from .common import WIDTH, at_least, pixels, shorten
+from .common import WIDTH, pixels, shorten
 
 SUFFIXES = (".png",)
 LEAST_SHARE = 0.005  # of a class that is named, so that it rounds to 0.01
@@ -67,16 +59,6 @@ def describe(target: Tensor, classes: Sequence[str], most: int) -> str:
     if len(named) == 1:
         return shorten(named[0][1], most)
     return "\n".join(f"{shorten(name, most - 6)}: {share:.2f}" for share, name in named)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
-    )
-    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
-    parser.add_argument("--epoch", type=at_least(1), default=1, help="from 1 (default: 1)")
-    parser.add_argument("--count", type=at_least(1), default=24, help="of images, at most a batch (default: 24)")
 
 
 def draw(args: argparse.Namespace) -> tuple[Figure]:

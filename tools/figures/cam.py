@@ -1,30 +1,20 @@
-"""Class activation maps: which parts of an image speak for a class.
-
-    python tools/visualize.py cam output/strip_mlp_t/default/best.pth cat.jpg dog.jpg
-    python tools/visualize.py cam output/strip_mlp_t/default/best.pth cat.jpg --class dog --stage 3
-
-By default CAM (Zhou et al., CVPR 2016), which is exact for networks that end in global average pooling and a linear
-layer: each token's contribution, of which the mean over the map and the bias add up to the class's logit. With --stage,
-Grad-CAM (Selvaraju et al., ICCV 2017) at an earlier, finer map, relative to its maximum. For the class that the model
-predicts, or --class. One row per image; on the left what the model gets of it.
-"""
+"""Class activation maps: which parts of an image speak for a class."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import trained
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine import trained
 from utils import UserError
 
-from .common import at_least, load_image, pixels, shorten
+from .common import load_image, pixels, shorten
 
 SUFFIXES = (".png",)
 STAGES = 4
@@ -98,13 +88,6 @@ def find_class(name: str | None, classes: Sequence[str]) -> int | None:
     if name not in classes:
         raise UserError(f"--class {name}: no such class; accepted: {shorten(', '.join(classes), 300)}")
     return classes.index(name)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    trained.add_arguments(parser)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="an image file")
-    parser.add_argument("--class", dest="label", metavar="NAME", help="of the classes (default: the predicted one)")
-    parser.add_argument("--stage", type=at_least(1), choices=range(1, STAGES + 1), help="Grad-CAM at this stage's map")
 
 
 def draw(args: argparse.Namespace) -> tuple[Figure]:

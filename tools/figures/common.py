@@ -1,7 +1,5 @@
 """What the figures share."""
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +10,6 @@ from data.sources import decode, read_file
 from utils import UserError, printable
 
 WIDTH = 7.0  # of a figure over both columns of a paper, in inches
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `least`."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number}: accepted: {least} or more")
-        return number
-
-    parse.__name__ = "whole number"  # what argparse calls it
-    return parse
 
 
 def load_image(path: Path) -> Image.Image:

@@ -1,12 +1,4 @@
-"""Mistakes on the validation data: the worst ones with their images, the confusion matrix, and all predictions.
-
-    python tools/visualize.py mistakes output/strip_mlp_pico_digits/default/best.pth
-    python tools/visualize.py mistakes output/strip_mlp_t/default/best.pth --data-path DATA --output t.png
-
-FILE.png has the wrongly classified images of the highest loss, FILE_confusion.png the confusion matrix (of many
-classes, the ones most confused), FILE_predictions.csv a line per image. The data is that of the checkpoint's config.
-Images that cannot be read are in the table only.
-"""
+"""Mistakes on the validation data: the worst ones with their images, the confusion matrix, and all predictions."""
 
 import argparse
 import math
@@ -16,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-import trained
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 from tables import as_csv
@@ -24,11 +15,12 @@ from tqdm import tqdm
 
 from data import build_eval_loader
 from data.sources import Source
+from engine import trained
 from engine.evaluate import autocast, resolve_amp
 from runtime.distributed import World
 from utils import UserError
 
-from .common import WIDTH, at_least, pixels, shorten
+from .common import WIDTH, pixels, shorten
 
 SUFFIXES = (".png", "_confusion.png", "_predictions.csv")
 MOST_CLASSES = 20  # in a confusion matrix that can be read
@@ -96,12 +88,6 @@ def most_confused(matrix: np.ndarray, most: int) -> np.ndarray:
     pairs = np.argsort(-np.triu(matrix + matrix.T, k=1), axis=None, kind="stable")[: most**2]
     labels = np.stack(np.unravel_index(pairs, matrix.shape), axis=1).ravel()
     return np.sort(list(dict.fromkeys(labels.tolist()))[:most])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    trained.add_arguments(parser)
-    parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
-    parser.add_argument("--count", type=at_least(1), default=12, help="of mistakes shown, at most (default: 12)")
 
 
 def draw(args: argparse.Namespace) -> tuple[Figure, Figure, str]:

@@ -1,14 +1,4 @@
-"""Effective receptive field of each stage: how much each pixel of the input matters to the stage's central token.
-
-    python tools/visualize.py receptive-field --variants strip_mlp_tiny_light sparse_mlp_tiny
-    python tools/visualize.py receptive-field output/strip_mlp_t/default/best.pth --images DATA/val --count 50
-
-One row per model, one panel per stage: the mean over images of the absolute gradient of the central token, summed over
-its channels, with respect to the pixels, relative to the panel's maximum, on a logarithmic scale. The squares are the
-smallest that hold 50 % (solid) and 95 % (dashed) of it; under the panel is their area in percent of the image's. A
-model that timm knows by name has random weights (timm's ResNets then show little but their shortcuts: they start with
-residual branches that give zero). FILE.csv has the numbers.
-"""
+"""Effective receptive field of each stage: how much each pixel of the input matters to the stage's central token."""
 
 import argparse
 import difflib
@@ -21,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-import trained
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -37,10 +26,11 @@ from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
 from config import image_size
+from engine import trained
 from runtime.distributed import init_world
 from utils import UserError
 
-from .common import WIDTH, at_least, load_image, shorten
+from .common import WIDTH, load_image, shorten
 
 SUFFIXES = (".png", ".csv")
 STAGES = 4
@@ -192,16 +182,6 @@ def make_batches(subject: Subject, paths: Sequence[Path], args: argparse.Namespa
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(args.count, 3, *subject.img_size, generator=generator)
     return list(noise.to(subject.device).split(BATCH))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    trained.add_arguments(parser, nargs="*")
-    parser.add_argument(
-        "--variants", nargs="+", default=[], metavar="NAME", help="models by timm's names, with random weights"
-    )
-    parser.add_argument("--images", metavar="FOLDER", type=Path, help="of images (default: random noise)")
-    parser.add_argument("--count", type=at_least(1), default=20, help="of images (default: 20)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of random weights and noise (default: 0)")
 
 
 def draw(args: argparse.Namespace) -> tuple[Figure, str]:

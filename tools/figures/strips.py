@@ -1,26 +1,18 @@
-"""Strip weights: what the strip MLP layers of a model do with each token of a row or column, patch by patch.
-
-    python tools/visualize.py strips output/strip_mlp_pico_digits/default/best.pth
-    python tools/visualize.py strips output/strip_mlp_t/default/best.pth --block stages.2.5 --axis column --offsets all
-
-Each matrix is of one patch (a group of channels): the weight of each input token for each output token of the row, or
-column. By default of the row that the output is in (offset 0), of the first block of each stage; --offsets all adds the
-rows beside it.
-"""
+"""Strip weights: what the strip MLP layers of a model do with each token of a row or column, patch by patch."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import trained
 from matplotlib.figure import Figure
 from torch import nn
 
+from engine import trained
 from models.strip_mlp import StripMLPBlock, StripMLPLayer
 from utils import UserError
 
-from .common import WIDTH, at_least
+from .common import WIDTH
 
 SUFFIXES = (".png",)
 
@@ -66,22 +58,6 @@ def weights_of(name: str, layer: StripMLPLayer, every_offset: bool) -> list[Stri
     weight = layer.weight.detach().float().cpu().numpy()  # (P, L, L, m)
     r = weight.shape[-1] // 2
     return [Strip(name, d, weight[..., d + r]) for d in (range(-r, r + 1) if every_offset else [0])]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    trained.add_arguments(parser)
-    parser.add_argument(
-        "--block",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="such as stages.2.5 (default: the first of each stage)",
-    )
-    parser.add_argument("--axis", choices=["row", "column"], default="row", help="of the strips (default: row)")
-    parser.add_argument(
-        "--offsets", choices=["centre", "all"], default="centre", help="rows of the strips (default: centre)"
-    )
-    parser.add_argument("--patches", type=at_least(1), default=8, help="how many, the first ones (default: 8)")
 
 
 def draw(args: argparse.Namespace) -> tuple[Figure]:

@@ -1,4 +1,4 @@
-"""What the benchmark writes: the machine and the versions behind the numbers, and files that replace no older ones."""
+"""What the benchmark writes: the machine and the versions behind the numbers; files that keep older ones."""
 
 import datetime
 import importlib.metadata
@@ -10,9 +10,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from utils import writing_to
 
@@ -73,14 +73,14 @@ def kept_aside(path: Path) -> None:
     say(f"{path} was there already: kept as {path.stem}.{number}{path.suffix}")
 
 
-def save(path: Path, files: dict[str, str | Figure]) -> None:
-    """Writes files by suffix."""
+def save(path: Path, files: dict[str, Any]) -> None:
+    """Writes text and matplotlib figures by suffix."""
     with writing_to(path.parent):
         for suffix, content in files.items():
-            if isinstance(content, Figure):
-                content.savefig(path.with_suffix(suffix), dpi=130)
-            else:
+            if isinstance(content, str):
                 path.with_suffix(suffix).write_text(content, encoding="utf-8")
+            else:
+                content.savefig(path.with_suffix(suffix), dpi=130)
 
 
 def document(title: str, about: dict[str, str], lines: Sequence[str], *parts: str) -> str:

@@ -7,18 +7,17 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from complexity import Complexity
-from contenders import LITERAL, TASKS, Contender, Step, build, random_batch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from peak_memory import measured_peak
 from tables import as_csv, markdown
-from timing import Quartiles, Timing, describe, interleave, warm_up
 
+from bench.contenders import Contender, Step, build, random_batch
+from bench.memory import measured_peak
+from bench.options import LITERAL, TASKS
+from bench.timing import Quartiles, Timing, describe, interleave, warm_up
 from utils import UserError
 
-SIZES = (128, 160, 192, 224, 256, 288, 320, 384)
-VARIANTS = ("strip_mlp_tiny_light", "strip_mlp_tiny", "strip_mlp_small", "strip_mlp_base")
 TIME_LAW, MEMORY_LAW = "seconds per image ~ side^k", "peak bytes ~ side^k"
 COLORS = {"inference": "#006BA4", "training": "#C85200"}  # of matplotlib's "tableau-colorblind10"
 

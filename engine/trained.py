@@ -1,12 +1,10 @@
-"""A trained model from its checkpoint alone, for the tools that use one."""
+"""A trained model from its checkpoint alone."""
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL import Image
@@ -15,8 +13,9 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from config import config_of, load_config
-from data import build_normalize, build_sources, check_num_classes, sources
+from data import build_normalize, build_sources, check_num_classes
 from data.sources import Source
+from data.sources import class_names as class_names_of
 from data.transforms import build_transform
 from models import build_model
 from runtime.checkpoint import (
@@ -36,8 +35,8 @@ class Trained:
     """A model in evaluation mode, and what it takes to use it.
 
     Attributes:
-        classes: their names, in label order, for people: guessed where nobody names them.
-        known_classes: the same where the checkpoint or --classes names them, else nothing.
+        classes: their names in label order, for people; guessed if nobody names them.
+        known_classes: the same if the checkpoint or --classes names them, else empty.
         config: of the run that made it, or of --cfg, with --opts on top; `MODEL.NUM_CLASSES` is the model's.
         path: of the checkpoint.
         transform: of one image, RGB, to (3, H, W) uint8, as in evaluation.
@@ -58,38 +57,21 @@ class Trained:
         return self.normalize(torch.stack([self.transform(image) for image in images]).to(self.device))
 
     def validation_source(self) -> Source:
-        """The validation images of the config's data; classes of other names than the model's are noted on stderr.
+        """The validation images of the config's data. If their classes have other names than the model's, a note on
+        stderr says so.
 
         Raises:
             UserError: the data is not there, or has another number of classes.
         """
         source = build_sources(self.config, World(rank=0, local_rank=0, size=1, device=self.device), train=False).val
         check_num_classes(self.config, source)
-        if other_classes({"classes": self.known_classes}, sources.class_names(source)):
+        if other_classes({"classes": self.known_classes}, class_names_of(source)):
             print(f"note: {self.path} was trained on classes of other names than the data has", file=sys.stderr)
         return source
 
 
-def add_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    """The options of `load_trained`; `nargs` as argparse has it, for tools that take several checkpoints."""
-    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint: ours, released, or safetensors")
-    parser.add_argument("--cfg", metavar="FILE", help="config of the model; ours have it in the checkpoint")
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
-    )
-    parser.add_argument(
-        "--classes",
-        metavar="FILE",
-        type=Path,
-        help="names of the classes, one per line in label order (default: those in the checkpoint, or ImageNet-1K's "
-        "where there are 1,000)",
-    )
-    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
-
-
 def load_trained(args: argparse.Namespace) -> Trained:
-    """The model that the parsed options name.
+    """The model that the parsed options of `config.add_checkpoint_arguments` name.
 
     Raises:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
@@ -143,8 +125,8 @@ def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[st
 
 
 def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError for a config of a model that is far larger than the weights beside it: a few bytes could
-    ask for any amount of memory and time."""
+    """Raises CheckpointError if the config's model is far larger than the weights beside it: a few bytes could ask for
+    any amount of memory and time."""
     config = config.clone()
     config.defrost()
     config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or 1
@@ -163,8 +145,8 @@ def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def class_names(content: Mapping, path: Path, listing: Path | None, count: int) -> list[str]:
-    """Of `count` classes, in label order, printable: from the file `listing`, or else from the checkpoint, or else
-    nothing."""
+    """The names of `count` classes in label order, printable: from the file `listing`, or else from the checkpoint, or
+    else none."""
     if listing:
         try:
             names = listing.read_text(encoding="utf-8").splitlines()

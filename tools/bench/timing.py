@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from contenders import Step
 from tqdm import tqdm
 
+from bench.contenders import Step
+from bench.options import FEWEST_ROUNDS
+
 SHORTEST = 0.05  # seconds that a timing should last, so that the clock and the wait for the device do not show
-FEWEST_ROUNDS = 3
 
 
 @dataclass

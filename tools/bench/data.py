@@ -1,29 +1,9 @@
-"""How fast images come: per image and part in one process, from the loader alone, and as seen by a training step.
-
-    python tools/benchmark_data.py
-    python tools/benchmark_data.py --cfg configs/peers/swin_tiny.yaml --data-path DATA --workers 4 8 16
-    python tools/benchmark_data.py --step-images-per-second 500 1000 2000
-
-Three measurements, all of the training pipeline of a config:
-
-- parts: milliseconds per image to read and decode, to crop, resize and flip, to augment (RandAugment), and to make a
-  tensor; of what the loaders do and of alternatives to it, image by image in turn, with the same random draws.
-- loader: images per second of the loader with nothing else to do, for each number of --workers.
-- waiting: the share of the time in which a step that takes so many images per second waits for its data. The step is a
-  pause for each of --step-images-per-second, as for the host of a GPU; without that option it is the real one, forward,
-  backward and optimizer, of the config's model on this machine.
-
-Without --data-path (a folder with train/ in it, one folder per class) it makes photograph-like JPEGs in a temporary
-folder. The files are read often, so that they come from memory rather than from a disk.
-
-Writes the JSON file --output and a Markdown table beside it.
-"""
+"""How fast images come: per image and part, from the loader alone, and as seen by a training step."""
 
 import argparse
 import contextlib
 import io
 import json
-import os
 import platform
 import random
 import shlex
@@ -35,8 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import PIL
@@ -53,6 +31,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from bench.options import CPU_BATCH, cores, parse_data_args
 from config import ConfigError, image_size, load_config
 from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
@@ -62,16 +41,13 @@ from engine.evaluate import autocast, resolve_amp
 from models import build_model, idle_keys
 from optimizer import build_optimizer
 from runtime.distributed import World, init_world
-from utils import UserError, run_entry_point, seed_all, writing_to
+from utils import UserError, seed_all, writing_to
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 # (width, height) of the images that are made: ImageNet's most frequent size, and what cameras and phones give after a
 # first reduction. The loader is measured with the first.
 SIZES = ((500, 375), (1500, 1000))
 LARGE_IMAGES = 8  # of the second size, one for so many of the first
 PARTS = ("read, decode", "crop, resize, flip", "augment", "tensor")
-# A step on a CPU takes a while: with the batch of a GPU, minutes.
-CPU_BATCH = 16
 
 
 class Spread(NamedTuple):
@@ -463,10 +439,6 @@ def machine(world: World) -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -520,52 +492,10 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def at_least(kind: type, low: float, strictly: bool = False) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-            except ValueError:
-                value = None
-            if value is None or not low <= value < float("inf") or (strictly and value == low):
-                whole = "a whole number" if kind is int else "a number"
-                accepted = f"{whole} {f'above {low}' if strictly else f'of {low} or more'}"
-                raise argparse.ArgumentTypeError(f"{text!r}; accepted: {accepted}")
-            return value
-
-        return parse
-
-    add = parser.add_argument
-    add("--cfg", metavar="FILE", default=CONFIG, help=f"YAML config file (configs/{CONFIG.name})")
-    add("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs")
-    add("--batch-size", type=at_least(int, 1), help=f"images per step (the config's; {CPU_BATCH} without a GPU)")
-    add("--data-path", metavar="FOLDER", type=Path, help="has train/ with one folder of images per class")
-    usual = sorted({0, 1, min(8, cores())})
-    add("--workers", nargs="+", type=at_least(int, 0), default=usual, metavar="N", help=f"loader processes ({usual})")
-    add("--images", type=at_least(int, 1), default=256, metavar="N", help="to make, or to use of those there are (256)")
-    add("--seconds", type=at_least(float, 0, True), default=10.0, metavar="S", help="per measurement (10)")
-    add(
-        "--step-images-per-second",
-        nargs="+",
-        type=at_least(float, 0, True),
-        metavar="X",
-        help="speeds of a step; without, a real one is run",
-    )
-    add("--output", type=Path, default=Path("output/benchmark_data/input_pipeline.json"), metavar="PATH.json")
-    args = parser.parse_args(argv)
-    if args.output.suffix != ".json":
-        parser.error(f"argument --output: {args.output}; accepted: a name that ends in .json")
-    return args
-
-
 def read_config(args: argparse.Namespace):
     """The config of an image folder, whatever data set the file names, that the tool may change."""
     fixed = {"DATA.DATASET": "imagenet", "DATA.ZIP_MODE": False, "DATA.CACHE_MODE": "no"}
-    overrides = [(key, value, "benchmark_data.py") for key, value in fixed.items()]
+    overrides = [(key, value, "benchmark.py --data") for key, value in fixed.items()]
     if args.batch_size:
         overrides.append(("DATA.BATCH_SIZE", args.batch_size, "--batch-size"))
     config, notes = load_config(args.cfg, args.opts, overrides, idle_keys)
@@ -582,8 +512,8 @@ def read_config(args: argparse.Namespace):
     return config
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str]) -> None:
+    args = parse_data_args(argv)
     config = read_config(args)
     world = init_world(config.DEVICE)
     if world.device.type == "cpu" and not args.batch_size and "DATA.BATCH_SIZE" not in args.opts:
@@ -604,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for size, count in zip(SIZES, (args.images, args.images // LARGE_IMAGES), strict=True)
             }
         result = {
-            "command": shlex.join(["python", "tools/benchmark_data.py", *(sys.argv[1:] if argv is None else argv)]),
+            "command": shlex.join(["python", "tools/benchmark.py", "--data", *argv]),
             "machine": machine(world),
             "versions": versions(),
             "model": config.MODEL.NAME,
@@ -618,7 +548,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {args.output} and {args.output.with_suffix('.md')}")
-
-
-if __name__ == "__main__":
-    run_entry_point(main)

@@ -1,31 +1,23 @@
 """What the benchmark compares: models by name and mode, and one step of inference or training of each."""
 
 import difflib
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the equations
-
-import literal
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.options import LITERAL, MODES
 from config import get_default_config
 from engine.evaluate import autocast
 from models import StripMLP, build_model
 from models.build import convolutions_to
 from models.released import checkpoint_filter_fn
+from tests import literal
 from utils import UserError
 
-LITERAL = "literal:"
-MODES = ("eager", "compile", "reparameterized", "reparameterized+compile", "checkpoint", "checkpoint+compile")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-TASKS = ("inference", "training")
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_CLASSES = 1000
@@ -198,7 +190,7 @@ class Step:
     """A forward pass of a contender in evaluation mode, or a whole training step: forward pass, cross-entropy,
     backward pass, AdamW. Call it to run it once.
 
-    Mixed precision is as in `engine.py`: autocast over float32 weights, and a gradient scaler for float16.
+    Mixed precision is as in `engine/epoch.py`: autocast over float32 weights, and a gradient scaler for float16.
 
     Args:
         images: (N, 3, S, S), on the device and in the memory format to run in.

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from trained import Trained, add_arguments, load_trained
 
-from config import ConfigError, leaves, load_config
+from config import ConfigError, add_checkpoint_arguments, leaves, load_config
 from data.transforms import build_transform
+from engine.trained import Trained, load_trained
 from models import build_model
 from models.released import checkpoint_filter_fn
 from runtime.checkpoint import CheckpointError, read_checkpoint, save_safetensors
@@ -259,7 +259,7 @@ def test_config_with_a_bad_value(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_device_that_is_not_there(tmp_path):
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_checkpoint_arguments(parser)
     with pytest.raises(UserError, match="PyTorch finds no CUDA device; accepted here: auto, cpu"):
         load_trained(parser.parse_args([str(save_ours(tmp_path / "a.pth")), "--device", "cuda"]))
 
