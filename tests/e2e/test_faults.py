@@ -516,7 +516,8 @@ time.sleep(300)
 """
 WAITING_FOR_THE_DEAD = """
 import logging, sys, time
-import torch, watchdog
+import torch
+from runtime import watchdog
 from runtime.distributed import World
 watchdog.ORPHAN_SECONDS = 2.0
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)

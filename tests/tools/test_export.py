@@ -263,14 +263,6 @@ def test_exporter_that_fails(monkeypatch, capsys, checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_packages_that_are_missing(monkeypatch, capsys, checkpoint):
-    find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else find(name))
-    result = run(monkeypatch, capsys, checkpoint)
-    assert result.status == 1
-    assert "onnx, onnxscript, onnxruntime; install them: pip install onnx onnxscript onnxruntime" in result.err
-
-
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [

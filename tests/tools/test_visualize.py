@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import main as training
-from config import leaves, load_config
+from config import add_checkpoint_arguments, leaves, load_config
 from data import build_sources
 from engine import trained
 from engine.evaluate import evaluate_run
@@ -427,7 +427,7 @@ def test_confusion_of_the_digits(checkpoint):
 
 def loaded(path):
     parser = argparse.ArgumentParser()
-    trained.add_arguments(parser)
+    add_checkpoint_arguments(parser)
     return trained.load_trained(parser.parse_args([str(path)]))
 
 

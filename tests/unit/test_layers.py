@@ -85,3 +85,24 @@ def test_help_does_not_wait_for_pytorch(script):
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "timm", "matplotlib", "sklearn", "onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("tools/plot_metrics.py run", "matplotlib", "figures"),
+        ("tools/visualize.py strips best.pth", "matplotlib", "figures"),
+        ("tools/ablate.py configs/ablations/digits", "matplotlib", "figures"),
+        ("tools/benchmark.py --growth", "matplotlib", "figures"),
+        ("tools/detection_demo.py", "pycocotools", "detection"),
+        ("tools/export.py best.pth", "onnxscript", "export"),
+    ],
+)
+def test_missing_extra_is_named(command, missing, extra):
+    script, *arguments = command.split()
+    blocked = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv = {[script, *arguments]}; "
+    blocked += f"sys.path.insert(0, 'tools'); runpy.run_path({script!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.endswith(f"error: needs {missing}: pip install -r requirements/{extra}.txt\n")
