@@ -43,35 +43,6 @@ def test_missing_data_path(script, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_path(tmp_path):
-    assert "--data-path" in fails("main.py", "--cfg", CONFIG, "--output", tmp_path)
-
-
-def test_empty_data_path(tmp_path):
-    (tmp_path / "data").mkdir()
-    message = fails(*train_command(tmp_path / "data", tmp_path))
-    assert "train/" in message
-    (tmp_path / "data/train").mkdir()
-    (tmp_path / "data/val").mkdir()
-    assert "no class folders" in fails(*train_command(tmp_path / "data", tmp_path))
-
-
-def test_class_folder_without_images(image_folder, tmp_path):
-    shutil.copytree(image_folder, tmp_path / "data")
-    (tmp_path / "data/train/hollow").mkdir()
-    message = fails(*train_command(tmp_path / "data", tmp_path))
-    assert "hollow" in message
-    assert ".jpg" in message
-
-
-def test_train_and_val_with_different_classes(image_folder, tmp_path):
-    shutil.copytree(image_folder, tmp_path / "data")
-    (tmp_path / "data/val/class1").rename(tmp_path / "data/val/zebra")
-    message = fails(*train_command(tmp_path / "data", tmp_path))
-    assert "only in train: class1" in message
-    assert "only in val: zebra" in message
-
-
 def test_corrupt_images_are_named_counted_and_never_correct(tmp_path):
     data = write_image_folder(tmp_path / "data", train=16, val=8)
     broken_train = data / "train/class0/train_000.jpg"
@@ -125,12 +96,6 @@ def test_checkpoint_of_another_model(script, image_folder, checkpoint, tmp_path)
     message = fails(*command, "--resume", checkpoint, "--opts", *TINY, "MODEL.STRIP_MLP.EMBED_DIM", 16)
     assert "does not fit the model" in message
     assert "patch_embed.weight (8, 3, 4, 4), not (16, 3, 4, 4)" in message
-
-
-def test_pretrained_with_other_layers_lists_the_keys(image_folder, checkpoint, tmp_path):
-    opts = ("MODEL.STRIP_MLP.LAYERS", "[1, 1, 2, 1]")
-    message = fails(*train_command(image_folder, tmp_path, "--pretrained", checkpoint, opts=opts))
-    assert "missing: stages.2.1." in message
 
 
 class Malice:
@@ -193,13 +158,6 @@ def test_missing_download(dataset, tmp_path):
     assert f"{dataset.replace('cifar', 'cifar-')}-python.tar.gz" in message
 
 
-def test_caltech_before_the_split(tmp_path):
-    (tmp_path / "accordion").mkdir()
-    config = "configs/smlp_tiny_light_alpha3_patch4_224_caltech101.yaml"
-    message = fails("main.py", "--cfg", config, "--data-path", tmp_path, "--output", tmp_path)
-    assert "tools/categories101_train_val_split.py" in message
-
-
 def test_bad_config_on_every_launcher(image_folder, tmp_path):
     (tmp_path / "bad.yaml").write_text("TRAIN:\n  EPOCH: 3\n")
     message = fails("main.py", "--cfg", tmp_path / "bad.yaml", "--data-path", image_folder, status=2)
@@ -207,12 +165,6 @@ def test_bad_config_on_every_launcher(image_folder, tmp_path):
     result = torchrun(2, "main.py", "--cfg", tmp_path / "bad.yaml", "--data-path", image_folder, ok=False)
     assert "did you mean TRAIN.EPOCHS?" in result.stderr
     assert 'main.py", line' not in result.stderr
-
-
-def test_image_size_that_does_not_divide(image_folder, tmp_path):
-    message = fails(*train_command(image_folder, tmp_path, opts=("DATA.IMG_SIZE", 100)))
-    assert "img_size=100" in message
-    assert "96 and 128" in message
 
 
 def test_unknown_timm_model(image_folder, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ablate
 import pytest
-from ablate import base_of, behaviour, find_configs, load_settings, options_of, problems, report, to_train
+from ablate import base_of, find_configs, load_settings, options_of, problems, report, to_train
 from compare_runs import read_run
 
 from config import load_config, save_config
@@ -186,21 +186,6 @@ def test_base(configs):
         assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 
 
-def test_options_that_make_a_config_valid(configs, tmp_path):
-    """A warm-up longer than the training, in a base and in its setting, which --opts mends."""
-    folder = configs(a=setting("STRIP_WIDTH: 5"))
-    (tmp_path / "base.yaml").write_text(BASE.replace("WARMUP_EPOCHS: 1", "WARMUP_EPOCHS: 20"))
-    settings = load_settings(arguments(folder, opts=["TRAIN.WARMUP_EPOCHS", "0"]))
-    assert [(s.name, s.problem) for s in settings] == [("base", ""), ("a", "")]
-
-
-def test_bases_of_bases(configs):
-    folder = configs(a=setting("STRIP_WIDTH: 5"), c="BASE: a.yaml\nTRAIN: {OPTIMIZER: {NAME: sgd}}\n")
-    settings = load_settings(arguments(folder / "c.yaml", folder / "a.yaml"))
-    assert [(s.name, s.base and s.base.name) for s in settings] == [("base", None), ("a", "base"), ("c", "a")]
-    assert "TRAIN.OPTIMIZER.NAME sgd" in report(settings, [0])["ablation.md"]
-
-
 def test_base_that_is_given(configs):
     folder = configs(a=setting("STRIP_WIDTH: 5"), b=setting("STRIP_WIDTH: 7"))
     settings = load_settings(arguments(folder, base=str(folder / "b.yaml")))
@@ -225,37 +210,6 @@ def test_settings_that_change_nothing(configs, line, same):
     assert base.same_as_base == ""
     assert changed.same_as_base == same
     assert [s.name for s, _ in to_train([base, changed], [0])] == (["base"] if same else ["base", "a"])
-
-
-def test_drop_path_is_a_change(configs):
-    """It shows in training alone."""
-    _, changed = load_settings(arguments(configs(a="BASE: ../base.yaml\nMODEL: {DROP_PATH_RATE: 0.5}\n")))
-    assert changed.same_as_base == ""
-    assert all(a.equal(b) for a, b in zip(behaviour(changed.config), behaviour(changed.config), strict=True))
-
-
-def test_labels_of_another_recipe_are_a_change(configs):
-    _, changed = load_settings(arguments(configs(a="BASE: ../base.yaml\nMODEL: {LABEL_SMOOTHING: 0.0}\n")))
-    assert changed.same_as_base == ""
-
-
-def test_stochastic_depth_of_branches_that_start_at_zero(tmp_path):
-    """In timm's ResNet every branch does, so that dropping one shows only when weights have moved."""
-    path = tmp_path / "deep.yaml"
-    path.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nMODEL: {{DROP_PATH_RATE: 0.3}}\nDATA: {{IMG_SIZE: 64}}")
-    base = tmp_path / "base.yaml"
-    base.write_text(f"BASE: {ROOT}/configs/peers/resnet50.yaml\nDATA: {{IMG_SIZE: 64}}")
-    _, deep = load_settings(arguments(path, base=str(base)))
-    assert deep.changes == {"MODEL.DROP_PATH_RATE": 0.3}
-    assert deep.same_as_base == ""
-
-
-def test_two_settings_in_one_folder(configs, tmp_path):
-    folder = configs(a=setting("STRIP_WIDTH: 5"))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/a.yaml").write_text(setting("STRIP_WIDTH: 7"))
-    with pytest.raises(UserError, match=r"settings/a.yaml and .*other/a.yaml would share"):
-        load_settings(arguments(folder, tmp_path / "other"))
 
 
 def test_epochs_shorten_the_warm_up():
@@ -319,14 +273,6 @@ def test_report(configs, tmp_path):
     assert (right - left) / 2 == pytest.approx(8**0.5)
 
 
-def test_folder_of_another_config(configs, tmp_path):
-    """Is neither skipped nor gone on with."""
-    (base,) = load_settings(arguments(configs() / "../base.yaml", output=tmp_path / "out"))
-    write_run(base, 0, 90.0, tmp_path / "out", "TRAIN.BASE_LR", "1e-2", "DATA.DATA_PATH", "elsewhere")
-    with pytest.raises(UserError, match=r"TRAIN.BASE_LR 0.01, not 0.0005; give the options .* or another --output"):
-        ablate.look(base, 0)
-
-
 def test_folder_of_other_images_or_processes(configs, tmp_path):
     images = {"data_path": str(tmp_path / "images"), "output": tmp_path / "out"}
     (base,) = load_settings(arguments(configs() / "../base.yaml", **images))
@@ -345,19 +291,6 @@ def test_folder_of_other_images_or_processes(configs, tmp_path):
         ablate.look(base, 0, processes=1)
 
 
-def test_base_that_cannot_be_read(configs):
-    with pytest.raises(UserError, match=r"--base: typo.yaml"):
-        load_settings(arguments(configs(a=setting()), base="typo.yaml"))
-
-
-def test_base_that_is_broken(configs, tmp_path):
-    folder = configs(a=setting())
-    (tmp_path / "base.yaml").write_text(BASE + "SED: 3\n")
-    settings = load_settings(arguments(folder))
-    assert all("SED" in s.problem for s in settings)
-    assert "SED" in report(settings, [0])["ablation.md"]
-
-
 def test_model_that_cannot_run(tmp_path, monkeypatch):
     """Is no obstacle to the others."""
     for name in ("crossvit_9_240", "no_such_model"):
@@ -366,21 +299,6 @@ def test_model_that_cannot_run(tmp_path, monkeypatch):
     settings = load_settings(arguments(tmp_path))
     assert [s.name for s in settings] == ["resnet50", "crossvit_9_240", "no_such_model"]
     assert [s.size is None for s in settings] == [False, True, True]
-
-
-@pytest.mark.parametrize(
-    ("printed", "message"),
-    [
-        ("a\nerror: data: no images\n", "data: no images"),
-        ("[rank 1] error: no images\n[rank 0] error: lost\n", "no images"),
-        ("Traceback ...\nRuntimeError: out of luck\n====\n", "RuntimeError: out of luck"),
-        ("[rank0]: torch.OutOfMemoryError: CUDA out of memory\n====\n", "torch.OutOfMemoryError: CUDA out of memory"),
-        ("Killed\n\n", "Killed"),
-        ("", "printed nothing"),
-    ],
-)
-def test_why_a_run_failed(printed, message):
-    assert ablate.reason(1, printed, Path("console.txt")) == f"status 1: {message} (all of it: console.txt)"
 
 
 def test_a_table_is_not_replaced_by_an_empty_one(configs, tmp_path, monkeypatch):
@@ -400,16 +318,6 @@ def test_a_table_is_not_replaced_by_an_empty_one(configs, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"TRAIN.EPOCHS 3, not 2"):
         ablate.main()
     assert (out / "ablation.md").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("config", "folder"),
-    [("configs/peers", "peers"), ("configs/ablations/digits/table6_*.yaml", "digits"), ("configs/*/table.yaml", "")],
-)
-def test_default_output(monkeypatch, config, folder):
-    monkeypatch.setattr(sys, "argv", ["ablate.py", config])
-    monkeypatch.chdir(ROOT)
-    assert ablate.parse_args().output == Path("output/ablation") / folder
 
 
 @pytest.mark.parametrize(

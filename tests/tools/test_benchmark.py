@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from bench import compare, options, roofline, timing
-from bench import report as benchmark_report
 from bench.contenders import (
     Contender,
     LiteralStripMLP,
@@ -21,7 +20,7 @@ from bench.contenders import (
 )
 from bench.growth import Counted, Exponent
 from bench.memory import measured_peak
-from bench.timing import Quartiles, Timing, interleave, ratio, rotated
+from bench.timing import Timing, interleave, rotated
 from complexity import Complexity
 from torch import nn
 
@@ -91,16 +90,6 @@ def test_mixed_precision(dtype, task):
     assert {p.dtype for p in step.model.parameters()} == {torch.float32}
 
 
-def test_names():
-    texts = ["resnet18", "literal:strip_mlp_tiny", "resnet18:eager", "convnext_atto:compile"]
-    labels = [c.label for c in parse_contenders(texts, ["eager", "compile"])]
-    assert labels == [
-        *("resnet18", "resnet18:compile", "literal:strip_mlp_tiny", "literal:strip_mlp_tiny:compile"),
-        "convnext_atto:compile",
-    ]
-    assert Contender("strip_mlp_tiny", "compile").literal == "literal:strip_mlp_tiny"
-
-
 def test_default_set():
     args = options.parse_args(["--device", "cpu"], "")
     compare.complete(args)
@@ -144,10 +133,6 @@ def test_modes_of_one_task():
         Step(contender, images, targets, "inference")
     with pytest.raises(ValueError, match="resmlp_12_224 has no activation checkpointing"):
         set_checkpointing(nn.Linear(1, 1), "resmlp_12_224")
-
-
-def test_ratio_is_of_the_same_rounds():
-    assert ratio([1, 2, 4], [2, 4, 8]) == Quartiles(2, 2, 2)
 
 
 class Wide(nn.Module):
@@ -255,20 +240,6 @@ def test_modes(monkeypatch, tmp_path, capsys):
     assert labels == [(t, c) for t in ("inference", "training") for c in ("resnet18", "resnet18:compile")]
 
 
-def test_reparameterized(monkeypatch):
-    class Net(Wide):
-        def reparameterize(self):
-            assert not self.training
-            self.merged = True
-
-    monkeypatch.setattr("bench.contenders.build", lambda name, img_size: Net())
-    images, targets = random_batch(2, 32, CPU, "channels_last")
-    step = Step(Contender("net", "reparameterized"), images, targets)
-    assert step().shape == (2, 1000) and step.model.merged
-    with pytest.raises(ValueError, match="of inference alone, not of training"):
-        Step(Contender("net", "reparameterized"), images, targets, "training")
-
-
 def test_growth(monkeypatch, tmp_path):
     output = tmp_path / "g.json"
     arguments = ["--contenders", *PICO, *QUICK, "--img-sizes", 32, 64, 96]
@@ -319,33 +290,6 @@ def test_refused(monkeypatch, capsys, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_growth_over_odd_sizes_is_refused(monkeypatch, capsys, tmp_path):
-    arguments = ["--growth", "--img-sizes", "128", "100", "--output", tmp_path / "g.json"]
-    assert "--img-sizes 128 100: --growth takes two or more multiples of 32" in refused(monkeypatch, capsys, *arguments)
-
-
-def test_growth_of_a_model_of_one_size_is_refused(monkeypatch, capsys, tmp_path):
-    def one_size(name, img_size):
-        raise ValueError("wants 224")
-
-    monkeypatch.setattr("bench.growth.build", one_size)
-    arguments = ["--growth", "resnet18", "--img-sizes", "32", "64", "--output", tmp_path / "g.json"]
-    assert "resnet18 at 32 pixels: wants 224" in refused(monkeypatch, capsys, *arguments)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_missing_gpu_is_said(monkeypatch, capsys):
     assert "no CUDA device; accepted here: cpu" in refused(monkeypatch, capsys, "--device", "cuda")
-
-
-def test_output_that_cannot_be_written(monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    output = tmp_path / "file" / "b.json"
-    message = refused(monkeypatch, capsys, "--contenders", "strip_mlp_pico", "--img-sizes", "32", "--output", output)
-    assert "cannot be written" in message
-
-
-def test_machine_tells_no_paths():
-    about = benchmark_report.machine(CPU)
-    assert about["command"].startswith("python tools/benchmark.py")
-    assert str(ROOT) not in json.dumps({name: value for name, value in about.items() if name != "command"})

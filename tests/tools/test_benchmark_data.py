@@ -3,7 +3,6 @@
 import json
 import time
 
-import numpy as np
 import pytest
 import torch
 from bench import data as benchmark_data
@@ -77,18 +76,6 @@ def test_from_no_data_to_two_files(tmp_path):
         "waiting for data",
     ):
         assert part in text
-
-
-def test_own_images_and_speeds(folder, tmp_path, capsys):
-    arguments = ("--data-path", str(folder), "--workers", "0", "--step-images-per-second", "50", "2e3")
-    benchmark_data.main([*SMALL, *arguments, "--output", str(tmp_path / "a.json"), "--opts", "DATA.IMG_SIZE", "48"])
-    result = json.loads((tmp_path / "a.json").read_text())
-    assert list(result["parts"]) == [str(folder)]
-    assert result["parts"][str(folder)]["images"] == 4
-    assert [row["step_images_per_second"] for row in result["waiting"]] == [50, 2000]
-    slow, fast = (row["data_wait"] for row in result["waiting"])
-    assert slow < fast
-    assert "making" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -182,40 +169,3 @@ def test_a_step_waits_for_a_loader_that_is_slower(source, workers):
         assert low <= found.waited / found.seconds <= high
         assert found.images % 2 == 0
         assert found.images / found.seconds < 60 * max(1, workers)
-
-
-def test_an_epoch_that_ends_early_is_followed_by_another(source):
-    short = benchmark_data.Repeated(source, range(6), 6)
-    indices = []
-    benchmark_data.feed(training_config(), short, ALONE, 0, 0.1, lambda batch: indices.extend(batch.index.tolist()))
-    assert len(indices) > 6
-    assert sorted(indices[:6]) == sorted(indices[6:12]) == list(range(6))
-
-
-def test_repeated_source(source):
-    repeated = benchmark_data.Repeated(source, [0, 2, 5], 10)
-    assert repeated.targets == [source.targets[i] for i in (0, 2, 5, 0, 2, 5, 0, 2, 5, 0)]
-    assert repeated.name(4) == source.name(2)
-    assert np.array_equal(np.asarray(repeated.load(8)), np.asarray(source.load(5)))
-    repeated.cache([5])
-    assert list(source._cached) == [5]
-
-
-@pytest.mark.parametrize(
-    ("most", "expected"), [(1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (6, range(6)), (99, range(6))]
-)
-def test_chosen_images_are_of_all_classes(source, most, expected):
-    assert benchmark_data.evenly(source, most) == list(expected)
-
-
-def test_speed_of_a_step(monkeypatch):
-    """The median of its passes, after one to warm up."""
-    taken, now = iter([9.0, 0.1, 0.5, 0.2, 4.0]), 0.0
-
-    def step(batch):
-        nonlocal now
-        now += next(taken)
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    batch = type("Batch", (), {"index": torch.arange(4)})
-    assert benchmark_data.speed_of(step, batch, 0.05) == pytest.approx(4 / 0.2)

@@ -4,9 +4,8 @@ import csv
 import json
 import os
 
-import compare_runs
 import pytest
-from compare_runs import as_models, differences, draw_accuracy, draw_curves, find_runs, read_run, table
+from compare_runs import as_models, differences, find_runs, read_run, table
 
 from config import load_config, save_config
 from tests.helpers import ROOT, python
@@ -87,15 +86,6 @@ def test_run_without_metrics_is_listed(run_folder, tmp_path):
     assert all(remark in text for remark in remarks.values())
 
 
-def test_same_seed_again_is_no_sample(run_folder, tmp_path):
-    for tag in ("first", "second"):
-        run_folder(tag, [50.0])
-    assert [(model.name, len(model.runs)) for model in as_models(find_runs([tmp_path]))] == [
-        ("first", 1),
-        ("second", 1),
-    ]
-
-
 def test_unfinished_runs_do_not_count(run_folder, tmp_path):
     run_folder("a_seed0", [50.0] * 10)
     run_folder("a_seed1", [10.0], "SEED", "1", finished=False)
@@ -115,26 +105,6 @@ def test_killed_before_its_last_checkpoint(run_folder):
     os.utime(folder / "last.pth", (0, 0))
     (folder / "ckpt_epoch_2.pth").touch()
     assert read_run(folder).finished
-
-
-def test_figures(run_folder, tmp_path):
-    run_folder("default", [50.0, 60.0])
-    run_folder("default", [40.0, 50.0], cfg=ROOT / "configs/peers/resnet50.yaml")
-    run_folder("default", [45.0, 55.0], cfg=ROOT / "configs/peers/resnet101.yaml")
-    run_folder("nothing$yet", [])
-    models = as_models(find_runs([tmp_path]))
-    assert [model.family for model in models] == ["resnet", "resnet", "strip_mlp", "strip_mlp"]
-    against_parameters, against_macs = draw_accuracy(models).axes
-    lines = {container.get_label(): container.lines[0] for container in against_parameters.containers}
-    assert lines.keys() == {"resnet", "strip_mlp"}
-    assert lines["resnet"].get_ydata().tolist() == [50.0, 55.0]
-    assert lines["resnet"].get_xdata() == pytest.approx([25.557032, 44.549160])
-    assert lines["resnet"].get_linestyle() == "-"
-    assert len(lines["strip_mlp"].get_xdata()) == 1
-    assert against_macs.containers[0].lines[0].get_xdata()[0] == pytest.approx(4.089, abs=1e-3)
-    accuracy, loss = draw_curves(models).axes
-    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[45.0, 55.0], [40.0, 50.0], [50.0, 60.0]]
-    assert [line.get_ydata().tolist() for line in loss.lines] == [[2.0, 1.0]] * 3
 
 
 def test_run_that_has_just_begun_goes_with_its_seeds(run_folder, tmp_path):
@@ -163,26 +133,6 @@ def test_values_of_another_kind_of_model_do_not_count(run_folder, tmp_path):
     assert differences(models) is None
 
 
-def test_names_of_several_models(run_folder, tmp_path):
-    for seed in ("0", "1"):
-        run_folder(f"base_seed{seed}", [50.0], "SEED", seed)
-        run_folder(f"base_seed{seed}", [50.0], "SEED", seed, "MODEL.NAME", "other", "MODEL.STRIP_MLP.GRN", "False")
-    run_folder("alone", [50.0], "MODEL.NAME", "third", "TRAIN.BASE_LR", "1e-2")
-    names = [model.name for model in as_models(find_runs([tmp_path]))]
-    assert names == ["other/base", "strip_mlp_pico_digits/base", "alone"]
-
-
-def test_names_are_told_apart(run_folder, tmp_path):
-    """Two runs of one name and tag, in two output folders."""
-    run_folder("default", [50.0])
-    other = tmp_path / "other/strip_mlp_pico_digits/default"
-    other.mkdir(parents=True)
-    config, _ = load_config(DIGITS, ["TRAIN.BASE_LR", "1e-2"])
-    save_config(config, other)
-    names = [model.name for model in as_models(find_runs([tmp_path]))]
-    assert len(set(names)) == 2
-
-
 def test_command(run_folder, tmp_path):
     folders = [run_folder("a", [50.0, 60.0]), run_folder("b", [], "MODEL.STRIP_MLP.GRN", "False")]
     result = python("tools/compare_runs.py", *folders, "--output", tmp_path / "out")
@@ -203,12 +153,3 @@ def test_no_run(tmp_path, make, message):
         folder.mkdir()
     with pytest.raises(UserError, match=message):
         find_runs([folder])
-
-
-def test_a_model_that_cannot_be_built(run_folder, tmp_path):
-    run_folder("impossible", [50.0], "DATA.IMG_SIZE", "40")
-    runs = find_runs([tmp_path])
-    _, numbers = table(as_models(runs), runs)
-    assert rows_of(numbers)["impossible"]["parameters"] == ""
-    assert draw_accuracy(as_models(runs)).axes
-    assert compare_runs.whole(None) == "-"

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from complexity import Complexity, Count, model_complexity
-from tables import as_csv, markdown
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,14 +148,6 @@ def test_the_papers_table_1():
         assert figure in counted, text
     assert "64.0x (6,272 / 98)" in text  # what 62.7x is without rounding first
     assert "| 16,464" in text
-
-
-def test_tables():
-    assert markdown(("a", "b"), [("x|y", 1), ("two\nlines", "")]) == (
-        "| a         | b   |\n| --------- | --- |\n| x\\|y      | 1   |\n| two lines |     |\n"
-    )
-    assert markdown(("alone",), []) == "| alone |\n| ----- |\n"
-    assert as_csv(("a", "b"), [("x,y", None)]) == 'a,b\n"x,y",\n'
 
 
 def test_command(tmp_path):

@@ -67,17 +67,6 @@ def test_stripped(tmp_path, suffix):
         torch.testing.assert_close(load_file(second), weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("ema", [True, False])
-def test_moving_average(tmp_path, ema):
-    weights = pico_checkpoint(tmp_path / "best.pth")
-    average = {name: value + 1 for name, value in weights.items()}
-    pico_checkpoint(tmp_path / "best.pth", model_ema=average)
-    python(TOOL, tmp_path / "best.pth", tmp_path / "out.pth", *([] if ema else ["--no-ema"]))
-    content = read_checkpoint(tmp_path / "out.pth")
-    torch.testing.assert_close(content["model"], average if ema else weights, rtol=0, atol=0)
-    assert "model_ema" not in content
-
-
 def test_another_size(tmp_path):
     pico_checkpoint(tmp_path / "best.pth")
     python(TOOL, tmp_path / "best.pth", tmp_path / "out.pth", "--opts", "DATA.IMG_SIZE", "[64,96]")
@@ -162,7 +151,3 @@ def test_errors(tmp_path, arguments, status, message):
     result = python(ROOT / TOOL, *arguments, cwd=tmp_path, ok=False)
     assert result.returncode == status and message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out.pth").exists()
-
-
-def test_help():
-    assert "python tools/convert_checkpoint.py best.pth released.pth --to released" in python(TOOL, "--help").stdout

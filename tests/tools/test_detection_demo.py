@@ -15,15 +15,12 @@ from detection_demo import (
     average_precision,
     build_detector,
     detect,
-    guesses,
     load_backbone,
-    paint,
     train,
 )
 from PIL import Image
 
 from data import digit_sources
-from data.sources import ArraySource
 from runtime.checkpoint import CheckpointError
 from tests.helpers import python
 from utils import UserError, run_entry_point
@@ -50,17 +47,6 @@ def truth_of(*boxes, label=1):
     return {"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": torch.full((len(boxes),), label)}
 
 
-def test_paint_returns_the_box_of_what_changed():
-    image = torch.rand(3, 40, 50)
-    digit = np.zeros((8, 8), np.uint8)
-    digit[2:8, 3:5] = 255
-    before = image.clone()
-    box = paint(image, torch.tensor([10, 5, 34, 29]), digit, np.array([0.2, 0.4, 2.0]))
-    assert box.tolist() == bounds((image != before).any(dim=0))
-    # A pixel of the digit is 3 on the canvas; interpolation blurs by less than one of its own.
-    assert (box - torch.tensor([10 + 9, 5 + 6, 10 + 15, 5 + 24])).abs().max() <= 3
-
-
 def test_boxes_bound_the_digits():
     """On black, each pixel of ink is in one box, and each side of a box touches ink."""
     counts = set()
@@ -74,19 +60,6 @@ def test_boxes_bound_the_digits():
         assert (seen[ink] == 1).all()
         counts.add(len(target["boxes"]))
     assert counts == {1, 2, 3, 4}
-
-
-def test_labels_are_those_of_the_digits():
-    blocks = np.full((2, 8, 8), 255, np.uint8)
-    blocks[1, 2:6, 2:6] = 0  # a ring
-    source = ArraySource(blocks, [6, 3], CLASSES, "blocks")
-    found = set()
-    for image, target in canvases(source=source, clutter=False):
-        for box, label in zip(target["boxes"], target["labels"], strict=True):
-            x, y = int(box[::2].mean()), int(box[1::2].mean())
-            assert label == (7 if image[:, y, x].amax() > 0 else 4)
-            found.add(label.item())
-    assert found == {4, 7}
 
 
 def test_canvases_are_drawn_again_the_same():
@@ -137,38 +110,6 @@ def test_average_precision_of_the_truth_is_1_and_of_boxes_beside_it_0():
     assert average_precision(truth, wrong, CLASSES)["AP50"] < 0.1
     nothing = [{"boxes": torch.empty(0, 4), "labels": torch.empty(0), "scores": torch.empty(0)}] * len(truth)
     assert average_precision(truth, nothing, CLASSES)["AP"] == 0
-
-
-def test_average_precision_by_hand():
-    # One of two found: precision 1 up to a recall of 0.5, which is 51 of COCO's 101 recalls.
-    truth = [truth_of((20, 30, 70, 40)), truth_of((20, 30, 70, 40))]
-    found = [{**truth[0], "scores": torch.tensor([0.9])}, {**truth_of(), "boxes": torch.empty(0, 4)}]
-    found[1]["scores"] = torch.empty(0)
-    assert average_precision(truth, found, ["x"])["AP"] == pytest.approx(51 / 101)
-
-    # An IoU of 0.62 is enough for three of the ten thresholds.
-    found = [{**truth_of((20, 30, 51, 40)), "scores": torch.tensor([0.9])}] * 2
-    result = average_precision(truth, found, ["x", "y"])
-    assert [result[key] for key in ("AP", "AP50", "AP75")] == pytest.approx([0.3, 1, 0])
-    assert result["AP by class"] == pytest.approx({"x": 0.3})
-
-    # A wrong box before the right one: precision 1/2 at every recall; after it, it costs nothing.
-    both = truth_of((60, 60, 70, 72), (20, 30, 70, 40))
-    for scores, expected in (([0.9, 0.5], 0.5), ([0.5, 0.9], 1)):
-        found = [{**both, "scores": torch.tensor(scores)}]
-        assert average_precision(truth[:1], found, ["x"])["AP"] == pytest.approx(expected)
-
-
-def test_guesses():
-    truth = [target for _, target in canvases(60)]
-    other, every = guesses(truth, 10, seed=0).values()
-    assert torch.equal(other[0]["boxes"], truth[1]["boxes"])
-    assert torch.equal(other[-1]["labels"], truth[0]["labels"])
-    assert average_precision(truth, other, CLASSES)["AP50"] < 0.05
-    assert every[0]["boxes"][::10].equal(truth[0]["boxes"])
-    assert every[0]["labels"].tolist() == list(range(1, 11)) * len(truth[0]["boxes"])
-    # All are found, with one of ten right.
-    assert 0.05 < average_precision(truth, every, CLASSES)["AP"] < 0.25
 
 
 def test_backbone():
@@ -263,16 +204,6 @@ def test_command(tmp_path):
     again = json.loads((tmp_path / "again/results.json").read_text())
     assert again["mean_loss_of_epochs"] == results["mean_loss_of_epochs"]
     assert again["average_precision"] == results["average_precision"]
-
-
-def test_command_with_rectangle_and_checkpoint(tmp_path):
-    classifier = timm.create_model("strip_mlp_pico", img_size=(32, 64))
-    torch.save({"model": classifier.state_dict()}, tmp_path / "c.pth")
-    options = [*SMALL, "--detector", "faster_rcnn", "--size", "32", "64", "--checkpoint", str(tmp_path / "c.pth")]
-    detection_demo.main([*options, "--output", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["settings"]["size"] == [32, 64]
-    assert results["parameters"]["backbone"] < results["parameters"]["detector"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ export fails."""
 
 import json
 import logging
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,29 +222,6 @@ def test_file_that_computes_something_else(monkeypatch, capsys, checkpoint, expo
 
     options = ["--normalize", "--tolerance", "1.01", "--output", path]
     assert run(monkeypatch, capsys, checkpoint, *options).status == (1 if value != value else 0)
-
-
-def test_difference_is_looked_for_in_all_batches():
-    one = export.Form("one", lambda images: torch.zeros(len(images), 2))
-    other = export.Form("other", lambda images: torch.full((len(images), 2), float(len(images))))
-    assert export.largest_difference(one, other, (8, 8)) == max(export.CHECKED_BATCHES) > 1
-    last = export.Form("last", lambda images: torch.full((len(images), 2), float("nan" if len(images) > 1 else 0)))
-    assert export.largest_difference(one, last, (8, 8)) != export.largest_difference(one, last, (8, 8))
-
-
-def test_name_of_the_file(monkeypatch, capsys, checkpoint, exported, tmp_path):
-    monkeypatch.setitem(export.FORMATS, "onnx", copying(exported.path))
-    path = Path(shutil.copy(checkpoint, tmp_path))
-    assert run(monkeypatch, capsys, path, "--normalize").status == 0
-    beside = tmp_path / "best.onnx"
-    assert sorted(tmp_path.iterdir()) == [beside, path]
-    beside.write_text("mine")
-    result = run(monkeypatch, capsys, path, "--normalize")
-    assert result.status == 1
-    assert f"{beside}: is there already; to replace it, name it: --output {beside}" in result.err
-    assert beside.read_text() == "mine"
-    assert run(monkeypatch, capsys, path, "--normalize", "--output", beside).status == 0
-    assert beside.stat().st_size > 1000
 
 
 def test_exporter_that_fails(monkeypatch, capsys, checkpoint, tmp_path):

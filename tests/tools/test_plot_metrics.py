@@ -72,19 +72,6 @@ def test_draws_runs_of_any_length(tmp_path, epochs):
     assert all((third < 200).mean() > 0.005 for third in thirds), "a panel is blank"
 
 
-def test_picture_follows_the_metrics_and_output_is_honoured(tmp_path):
-    drawn = []
-    for name, top1 in (("a", 50.0), ("b", 60.0), ("c", 50.0)):
-        (tmp_path / name / "model").mkdir(parents=True)
-        run = write_run(tmp_path / name / "model" / "run", [epoch_record(1, top1=40.0), epoch_record(2, top1=top1)])
-        result = run_tool(run, "--output", tmp_path / f"{name}.png")
-        assert result.returncode == 0, result.stderr
-        assert not (run / "curves.png").exists()
-        drawn.append(pixels(tmp_path / f"{name}.png"))
-    assert not np.array_equal(drawn[0], drawn[1])
-    assert np.array_equal(drawn[0], drawn[2])
-
-
 def test_panels_hold_the_numbers(tmp_path):
     records = [
         epoch_record(1, train_loss=3.0, val_loss=None, top1=10, top5=30.0, lr=1e-3),
@@ -115,22 +102,6 @@ def test_panels_hold_the_numbers(tmp_path):
     ]
 
 
-def test_title_is_the_model_and_tag_even_for_the_current_folder(tmp_path, monkeypatch):
-    run = write_run(tmp_path / r"not a formula $\frac$", [epoch_record(1)])
-    figures = []
-    draw_metrics = tool.draw_metrics
-
-    def remember(*arguments):
-        figures.append(draw_metrics(*arguments))
-        return figures[-1]
-
-    monkeypatch.setattr(tool, "draw_metrics", remember)
-    monkeypatch.chdir(run)
-    tool.main(["."])
-    assert [figure.get_suptitle() for figure in figures] == [f"{tmp_path.name}/{run.name}"]
-    assert pixels(run / "curves.png").size
-
-
 def test_run_without_any_evaluation(tmp_path):
     records = [epoch_record(epoch, val_loss=None, top1=None, top5=None) for epoch in (1, 2)]
     run = write_run(tmp_path / "run", records)
@@ -157,37 +128,6 @@ def test_resumed_run_counts_the_later_line_and_sorts(tmp_path):
     assert [(record["epoch"], record["lr"]) for record in tool.read_metrics(metrics)] == [(1, 1e-3), (2, 0.2), (3, 0.3)]
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert len(result.stderr.splitlines()) == 1
-    for part in parts:
-        assert part in result.stderr
-
-
-def test_refuses_missing_folder(tmp_path):
-    assert_refused(run_tool(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "is not a folder")
-
-
-def test_refuses_folder_without_metrics(tmp_path):
-    assert_refused(run_tool(tmp_path), str(tmp_path), "no metrics.jsonl")
-
-
-def test_refuses_empty_metrics(tmp_path):
-    run = write_run(tmp_path / "run", [])
-    assert_refused(run_tool(run), str(run / "metrics.jsonl"), "is empty")
-    assert not (run / "curves.png").exists()
-
-
-def test_refuses_damaged_line(tmp_path):
-    run = write_run(tmp_path / "run", [epoch_record(1), epoch_record(2)])
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"epoch": 3, "train_lo')
-    assert_refused(run_tool(run), f"{run / 'metrics.jsonl'}, line 3", "not JSON")
-    assert not (run / "curves.png").exists()
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -211,33 +151,3 @@ def test_each_kind_of_damage_names_file_line_and_value(tmp_path, line, message):
     metrics.write_bytes(json.dumps(epoch_record(1)).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match="^" + re.escape(f"{metrics}, line 2: {message}")):
         tool.read_metrics(metrics)
-
-
-def test_numbers_that_matplotlib_cannot_draw_are_reported(tmp_path, monkeypatch):
-    # Injected: which numbers matplotlib fails on, some near 1e308, depends on its version.
-    def fail(*_: object, **__: object) -> None:
-        raise ValueError("arange: cannot compute length")
-
-    monkeypatch.setattr(tool.Figure, "savefig", fail)
-    run = write_run(tmp_path / "run", [epoch_record(1)])
-    with pytest.raises(SystemExit) as stop:
-        tool.main([str(run)])
-    expected = f"error: cannot draw {run / 'metrics.jsonl'} into {run / 'curves.png'}: arange: cannot compute length"
-    assert stop.value.code == expected
-
-
-def test_refuses_output_that_cannot_be_written(tmp_path):
-    run = write_run(tmp_path / "run", [epoch_record(1)])
-    assert_refused(run_tool(run, "--output", tmp_path / "nowhere" / "a.png"), str(tmp_path / "nowhere" / "a.png"))
-
-
-def test_refuses_output_that_is_no_png(tmp_path):
-    run = write_run(tmp_path / "run", [epoch_record(1)])
-    assert_refused(run_tool(run, "--output", tmp_path / "a.pdf"), str(tmp_path / "a.pdf"), ".png")
-    assert not (tmp_path / "a.pdf").exists()
-
-
-def test_help_shows_an_example():
-    result = run_tool("--help")
-    assert result.returncode == 0
-    assert "tools/plot_metrics.py runs/" in result.stdout

@@ -12,7 +12,6 @@ import numpy as np
 import predict
 import pytest
 import torch
-from PIL import Image
 
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
@@ -21,7 +20,7 @@ from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, trained_model
-from utils import UserError, run_entry_point
+from utils import run_entry_point
 
 NAMES = ["zero", "one, or I", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -100,17 +99,6 @@ def test_same_as_evaluation(trained, checkpoint, digits, folder):
     assert 100 * np.mean(hits) == pytest.approx(measured["top1"])
 
 
-def test_batch_size_changes_nothing(trained, folder):
-    paths = predict.find_paths([str(folder / "a")])[:20]
-    first, *others = (list(predict.predict(trained, paths, 10, size)) for size in (1, 7, 64))
-    assert [prediction.path for prediction in first] == paths
-    for other in others:
-        for one, two in zip(first, other, strict=True):
-            assert [entry[:2] for entry in one.classes] == [entry[:2] for entry in two.classes]
-            assert [entry[2] for entry in one.classes] == pytest.approx([entry[2] for entry in two.classes], abs=1e-5)
-        assert sum(entry[2] for entry in other[0].classes) == pytest.approx(1)
-
-
 def test_formats_agree(monkeypatch, capsys, checkpoint, folder, tmp_path):
     images = [folder / "a/003.png", folder / "b/101.png"]
     output = tmp_path / "out"
@@ -184,20 +172,6 @@ def test_folders_are_searched_in_order(tmp_path, monkeypatch):
     assert predict.find_paths([str(tmp_path / "b/notes.txt")]) == [str(tmp_path / "b/notes.txt")]
 
 
-def test_images_are_read_as_for_training(trained, tmp_path):
-    """16-bit grey, of which Pillow would clip all but the darkest 256th to white."""
-    grey = np.random.default_rng(0).integers(0, 256, (20, 20), dtype=np.uint8)
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    Image.fromarray(grey.astype(np.uint16) << 8).save(tmp_path / "16.png")
-    eight, sixteen = predict.predict(trained, [str(tmp_path / "8.png"), str(tmp_path / "16.png")])
-    assert eight.classes == sixteen.classes
-
-
-def test_more_classes_than_there_are(trained, folder):
-    (prediction,) = predict.predict(trained, [str(folder / "a/000.png")], top_k=1000)
-    assert sorted(label for _, label, _ in prediction.classes) == list(range(10))
-
-
 @pytest.mark.parametrize(
     ("arguments", "stdin", "status", "message"),
     [
@@ -219,10 +193,3 @@ def test_bad_input(monkeypatch, capsys, checkpoint, folder, tmp_path, arguments,
     assert result.status == status
     assert message.format(**names) in result.err
     assert result.out == ""
-
-
-def test_link_to_a_folder_around_it(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/again").symlink_to(tmp_path)
-    with pytest.raises(UserError, match=r"the same folder through links|a link to a folder that contains it"):
-        predict.find_paths([str(tmp_path)])

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 import visualize
-from figures import augmented, cam, common, mistakes, receptive_field, strips
-from figures.receptive_field import Field, effective_receptive_fields
+from figures import augmented, cam, mistakes, strips
+from figures.receptive_field import effective_receptive_fields
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
@@ -25,7 +25,7 @@ from models import StripMLP, build_model
 from models.strip_mlp import StripMLPLayer
 from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, write_image
-from utils import UserError, run_entry_point
+from utils import run_entry_point
 
 DIGITS = str(ROOT / "configs/strip_mlp_pico_digits.yaml")
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
@@ -99,37 +99,6 @@ def test_field_of_strips(axis):
     np.testing.assert_array_equal(field.values > 0, expected if axis == "row" else expected.T)
 
 
-def test_field_is_a_mean_over_images_without_cancelling():
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 4, 3, 2, padding=1))
-    images = torch.randn(5, 3, 8, 8)
-    (field,) = effective_receptive_fields(lambda x: [layers(x)], images.split(2))
-    alone = []
-    for image in images:
-        jacobian = torch.autograd.functional.jacobian(lambda x: layers(x[None])[0, :, 2, 2].sum(), image)
-        alone.append(jacobian.abs().sum(dim=0))
-    np.testing.assert_allclose(field.values, torch.stack(alone).mean(dim=0), rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(9, 9), (6, 9)])
-@pytest.mark.parametrize("share", [0.5, 0.95])
-def test_smallest_square(size, share):
-    values = np.random.default_rng(0).random(size) ** 4
-    side, top, left = Field(values, (3, 3)).square(share)
-    assert values[top : top + side, left : left + side].sum() >= share * values.sum()
-    smaller = side - 1
-    squares = [values[i : i + smaller, j : j + smaller].sum() for i in range(size[0]) for j in range(size[1])]
-    assert max(squares) < share * values.sum()
-
-
-def test_area():
-    values = np.zeros((10, 10))
-    values[2:4, 5:7] = 1
-    field = Field(values, (5, 5))
-    assert field.square(0.95) == (2, 2, 5)
-    assert (field.area(0.95), field.stride) == (0.04, 2)
-    assert Field(np.ones((10, 10)), (5, 5)).area(0.95) == 1
-
-
 def test_receptive_field(command, tmp_path, checkpoint):
     for i in range(5):
         write_image(tmp_path / "images" / f"{i}.png", seed=i)
@@ -153,26 +122,6 @@ def test_receptive_field(command, tmp_path, checkpoint):
     status, *_ = command("receptive-field", checkpoint, *arguments, "--output", "a.png", "--images", "images")
     assert status == 0
     assert (tmp_path / "a.csv").read_text() != first
-
-
-def test_titles_say_what_is_random(checkpoint):
-    fields = [Field(np.ones((8, 8)), (2, 2))] * 4
-    size = (8, 8)
-    of_timm = receptive_field.Subject("resnet", "", None, size, WORLD.device, None)
-    of_run = receptive_field.Subject("net", "run/best.pth", None, size, WORLD.device, None)
-    figure = receptive_field.draw_fields([(of_timm, fields)], "20 images")
-    assert figure.get_suptitle() == "Effective receptive field, mean over 20 images, random weights"
-    figure = receptive_field.draw_fields([(of_timm, fields), (of_run, fields)], "20 images")
-    assert [axes.get_ylabel() for axes in figure.axes[:8:4]] == ["resnet\nrandom weights", "net\nrun/best.pth"]
-    assert [axes.get_title() for axes in figure.axes[:4]] == [f"stage {i}" for i in (1, 2, 3, 4)]
-
-
-def test_images_are_evenly_spaced(tmp_path):
-    for i in range(7):
-        write_image(tmp_path / f"class{i // 4}" / f"{i}.PNG", seed=i, size=8)
-    (tmp_path / "notes.txt").touch()
-    assert [path.stem for path in receptive_field.find_images(tmp_path, 3)] == ["0", "2", "4"]
-    assert [path.stem for path in receptive_field.find_images(tmp_path, 99)] == list("0123456")
 
 
 # Strips
@@ -268,21 +217,6 @@ def test_grad_cam_of_the_last_stage_is_the_map_of_the_weights_alone():
     assert cam.grad_cam(model, image, 0, 1).shape == (16, 16)
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "message"),
-    [
-        ("convnext_atto", lambda *a: cam.class_activation_map(*a), "does not end in global average pooling"),
-        ("swin_s3_tiny_224", lambda *a: cam.class_activation_map(*a), "does not end in global average pooling"),
-        ("swin_s3_tiny_224", lambda *a: cam.grad_cam(*a, 3), "gives copies of its stages' maps"),
-    ],
-)
-def test_models_without_such_maps(name, function, message):
-    sized = {"img_size": 64, "window_size": 2, "embed_dim": 24} if "swin" in name else {}
-    model = timm.create_model(name, num_classes=5, depths=(1, 1, 1, 1), **sized).eval()
-    with pytest.raises(UserError, match=message):
-        function(model, torch.randn(1, 3, 64, 64), 0)
-
-
 def test_cam(command, tmp_path, checkpoint, monkeypatch):
     images = [tmp_path / f"{i}$x^.png" for i in range(3)]
     for i, path in enumerate(images):
@@ -336,26 +270,6 @@ def test_augmented_images_are_those_of_training(monkeypatch, tmp_path):
     torch.testing.assert_close(images, seen[0], rtol=0, atol=0)
 
 
-def test_shares_are_without_label_smoothing():
-    opts = [*TINY, *MIXED, "DATA.BATCH_SIZE", "8"]
-    _, smoothed, classes = augmented.first_batch(load_config(DIGITS, opts)[0], epoch=1)
-    _, plain, _ = augmented.first_batch(load_config(DIGITS, [*opts, "MODEL.LABEL_SMOOTHING", "0.0"])[0], epoch=1)
-    torch.testing.assert_close(smoothed, plain)
-    assert classes == list("0123456789")
-    off = ["AUG.MIXUP", "0", "AUG.CUTMIX", "0"]
-    _, single, _ = augmented.first_batch(load_config(DIGITS, [*opts, *off])[0], epoch=1)
-    assert torch.equal(single.sum(dim=1), torch.ones(8))
-    assert all(augmented.describe(target, classes, 9) in classes for target in single)
-
-
-def test_descriptions_of_targets():
-    classes = ["tench, Tinca tinca", "goldfish", "shark"]
-    assert augmented.describe(torch.tensor([0.0, 1, 0]), classes, 12) == "goldfish"
-    assert augmented.describe(torch.tensor([0.3, 0.7, 0]), classes, 12) == "goldf…: 0.70\ntench…: 0.30"
-    assert augmented.describe(torch.tensor([0.002, 0, 0.998]), classes, 12) == "shark"
-    assert augmented.describe(torch.tensor([1.0]), ["only"], 12) == "only"
-
-
 def test_augmented(command, tmp_path, monkeypatch):
     figures = []
     draw_tiles = augmented.draw_tiles
@@ -402,13 +316,6 @@ def some_predictions(true, predicted, loss, readable=None):
     return mistakes.Predictions(np.arange(n), readable, np.array(true), np.array(predicted), half, half, np.array(loss))
 
 
-def test_worst_mistakes_and_confusion():
-    found = some_predictions([0, 1, 2, 2, 1], [0, 2, 0, 1, 0], [9, 1, 3, 2, 8], readable=np.ones(5) == [1, 1, 1, 1, 0])
-    assert found.wrong.tolist() == [2, 3, 1]
-    assert found.confusion(4).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert mistakes.summary(found) == "3 of 4 images wrong (1 that cannot be read left out)"
-
-
 def test_confusion_of_the_digits(checkpoint):
     found = mistakes.predict(loaded(checkpoint), build_sources(load_config(DIGITS)[0], WORLD, train=False).val)
     matrix = found.confusion(10)
@@ -431,26 +338,6 @@ def loaded(path):
     return trained.load_trained(parser.parse_args([str(path)]))
 
 
-def test_of_many_classes_the_most_confused():
-    true = np.repeat(np.arange(30), 3)
-    predicted = np.where(true % 3 == 0, (true + 1) % 30, true)  # 10 classes are taken for 10 others
-    found = some_predictions(true, predicted, np.ones(90))
-    names = [f"class number {i} of thirty" for i in range(30)]
-    axes = mistakes.draw_confusion(found, names).axes[0]
-    assert "the 20 most confused of 30 classes, 30 mistakes among them" in axes.get_title()
-    shown = [label for label in range(30) if label % 3 < 2]
-    labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert labels == [common.shorten(names[label], 18) for label in shown]
-
-
-def test_most_confused_pairs_rather_than_most_mistaken_classes():
-    matrix = np.full((30, 30), 1)
-    matrix[0] = 2  # class 0 has most mistakes
-    matrix[5, 9] = matrix[9, 5] = 4
-    matrix[20, 7] = 6
-    assert mistakes.most_confused(matrix, 4).tolist() == [5, 7, 9, 20]
-
-
 def test_unreadable_images_and_none_wrong(command, tmp_path):
     path = write_checkpoint(tmp_path / "two.pth", [*TINY, "DATA.DATASET", "imagenet"], ("class0", "class1"))
     write_image(tmp_path / "data/val/class0/a.jpg", seed=0)
@@ -468,20 +355,6 @@ def test_unreadable_images_and_none_wrong(command, tmp_path):
 
 
 # The command
-
-
-def test_shortened_names():
-    assert common.shorten("abcdefghij", 10) == "abcdefghij"
-    assert common.shorten("abcdefghijk", 10) == "abcdefghi…"
-    assert common.shorten("abcdefghijk", 10, keep_end=True) == "abcd…ghijk"
-
-
-@pytest.mark.parametrize("picture", visualize.COMMANDS)
-def test_help_has_an_example(command, picture):
-    status, out, _ = command(picture, "--help")
-    assert status == 0
-    assert f"python tools/visualize.py {picture} " in out
-    assert "--output FILE" in out
 
 
 @pytest.mark.parametrize(
@@ -525,9 +398,3 @@ def test_a_file_that_nobody_named_is_not_replaced(command, checkpoint, tmp_path)
     assert "strips.png: there already; name another file with --output" in err
     assert command("strips", checkpoint, "--output", "strips.png")[0] == 0
     assert png_size(tmp_path / "strips.png")
-
-
-def test_fonts_are_readable_in_print():
-    """At a figure's own size, which is at most that of a page."""
-    assert common.WIDTH <= 7.2
-    assert all(visualize.STYLE[key] >= 9 for key in ("font.size", *visualize.SIZES))

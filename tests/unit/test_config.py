@@ -18,7 +18,7 @@ from config import (
     save_config,
 )
 from lr_scheduler import lr_scale
-from models import StripMLP, build_model, idle_keys
+from models import build_model, idle_keys
 from utils import UserError, run_entry_point
 
 DATASETS = ACCEPTED["DATA.DATASET"][1].split(", ")
@@ -126,11 +126,6 @@ def test_file_loads_and_its_dump_loads_as_the_same(file, tmp_path):
     }
 
 
-def test_all_released_file_names_are_there():
-    released = {f"smlp_{v}_alpha3_patch4_224_{d}.yaml" for v in VARIANTS for d in RELEASED_DATASETS}
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == released | {"strip_mlp_pico_digits.yaml"}
-
-
 @pytest.mark.parametrize("dataset", RELEASED_DATASETS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_released_file(variant, dataset):
@@ -160,14 +155,6 @@ def test_keys_of_ablations_name_what_they_accept(key, value, accepted):
     message = refused(CONFIGS / "strip_mlp_pico_digits.yaml", ["MODEL.STRIP_MLP." + key, value])
     assert f"MODEL.STRIP_MLP.{key} is " in message
     assert message.endswith(f"accepted: {accepted}")
-
-
-@pytest.mark.parametrize("file", ["smlp_small_alpha3_patch4_224_cifar100", "strip_mlp_pico_digits"])
-def test_released_values_of_the_keys_of_ablations(file):
-    config, _ = load_config(CONFIGS / f"{file}.yaml")
-    keys = config.MODEL.STRIP_MLP
-    assert (keys.STRIP_WIDTH, keys.CGSMM_STRUCTURE, keys.BRANCHES) == (3, "cascade", "both")
-    assert keys.POSITION_TABLES and keys.MULTI_SCALE_SHORTCUTS and keys.GRN
 
 
 PEER = "BASE: base.yaml\nMODEL: {TYPE: timm, NAME: resnet50%s}"
@@ -283,16 +270,6 @@ def test_key_that_is_there_twice(write):
         assert part in message
 
 
-def test_base_reached_twice_is_no_circle(write):
-    path = write(top="SEED: 3", left="BASE: top.yaml", right="BASE: top.yaml", run="BASE: [left.yaml, right.yaml]")
-    assert load_config(path)[0].SEED == 3
-
-
-@pytest.mark.parametrize("none", ["BASE: ['']", "BASE: ''", "BASE: []", "BASE:", ""])
-def test_no_base(write, none):
-    assert leaves(load_config(write(run=none))[0]) == leaves(get_default_config())
-
-
 @pytest.mark.parametrize("base", ["3", "{a: b}", "[3]"])
 def test_base_of_a_wrong_type(write, base):
     path = write(run=f"BASE: {base}")
@@ -301,21 +278,7 @@ def test_base_of_a_wrong_type(write, base):
     assert "BASE" in message
 
 
-def test_base_that_is_missing(write, tmp_path):
-    assert str(tmp_path / "gone.yaml") in refused(write(run="BASE: gone.yaml"))
-
-
 # What may not be read
-
-
-@pytest.mark.parametrize("how", ["cfg", "base"])
-def test_python_config_is_refused_and_not_run(tmp_path, write, how):
-    marker, script = tmp_path / "marker", tmp_path / "evil.py"
-    script.write_text(f"open({str(marker)!r}, 'w')")
-    message = refused(script if how == "cfg" else write(run="BASE: evil.py"))
-    assert str(script) in message
-    assert ".yaml" in message
-    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -354,19 +317,6 @@ def test_yaml_that_is_no_mapping(write, text):
     assert "mapping" in message
 
 
-def test_yaml_that_is_no_text(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_bytes(b"TAG: \xff\xfe")
-    assert str(path) in refused(path)
-
-
-def test_missing_file_and_folder(tmp_path):
-    folder = tmp_path / "folder.yaml"
-    folder.mkdir()
-    for path in (tmp_path / "gone.yaml", folder):
-        assert str(path) in refused(path)
-
-
 # Keys
 
 
@@ -386,31 +336,6 @@ def test_unknown_key(write, key, suggestion):
     message = refused(path)
     assert message == f"{path}: unknown key {key}; did you mean {suggestion}?"
     assert refused(write(empty=""), [key, "3"]) == f"--opts: unknown key {key}; did you mean {suggestion}?"
-
-
-def test_unknown_key_like_no_other(write):
-    path = write(run="QQQQQ: 3")
-    assert refused(path) == f"{path}: unknown key QQQQQ"
-
-
-@pytest.mark.parametrize(("section", "suggestion"), [("MODLE", "MODEL."), ("MODEL.STRIP_MPL", "MODEL.STRIP_MLP.")])
-def test_unknown_section(write, section, suggestion):
-    path = write(run=as_yaml(f"{section}.EMBED_DIM", 8))
-    message = refused(path)
-    assert f"{path}: unknown key {section}" in message
-    assert f"did you mean {suggestion}" in message
-
-
-@pytest.mark.parametrize("value", ["3", "[]", "text"])
-def test_value_for_a_section(write, value):
-    path = write(run=f"DATA: {value}")
-    for message in (refused(path), refused(write(empty=""), ["DATA", value])):
-        assert "DATA is a section" in message
-        assert "BATCH_SIZE" in message
-
-
-def test_empty_section(write):
-    assert leaves(load_config(write(run="DATA:\nTRAIN: {}"))[0]) == leaves(get_default_config())
 
 
 # Values
@@ -563,31 +488,6 @@ def test_words_that_yaml_takes_for_booleans(write, text, key, value):
 
 
 @pytest.mark.parametrize(
-    ("word", "value"), [("no", False), ("off", False), ("false", False), ("yes", True), ("True", True)]
-)
-def test_words_for_booleans(write, word, value):
-    for text, opts in ((f"TRAIN: {{SYNC_BN: {word}, AUTO_RESUME: {word}}}", []), ("", ["TRAIN.SYNC_BN", word])):
-        assert load_config(write(run=text), opts)[0].TRAIN.SYNC_BN is value
-    assert load_config(write(run=f"TRAIN: {{AUTO_RESUME: {word}}}"))[0].TRAIN.AUTO_RESUME is value
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "value"),
-    [
-        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # YAML 1.1 takes this for text
-        ("TRAIN: {BASE_LR: 1}", "TRAIN.BASE_LR", 1.0),
-        ("TRAIN: {OPTIMIZER: {BETAS: [0, 9e-1]}}", "TRAIN.OPTIMIZER.BETAS", [0.0, 0.9]),
-        ("TAG: 5e-4", "TAG", "5e-4"),
-        ("TAG: 12", "TAG", "12"),
-        ("TRAIN.EPOCHS: 40", "TRAIN.EPOCHS", 40),
-    ],
-)
-def test_value_in_yaml(write, text, key, value):
-    found = leaves(load_config(write(run=text))[0])[key]
-    assert (found, type(found)) == (value, type(value))
-
-
-@pytest.mark.parametrize(
     ("key", "text", "value"),
     [
         ("TRAIN.BASE_LR", "5e-4", 5e-4),
@@ -613,18 +513,6 @@ def test_value_in_opts(write, key, text, value):
     assert (found, type(found)) == (value, type(value))
 
 
-def test_opts_without_a_value(write):
-    message = refused(write(run=""), ["SEED", "1", "TAG"])
-    assert "--opts" in message
-    assert "TAG" in message
-
-
-def test_defaults_stay_as_they_are(write):
-    before = leaves(get_default_config())
-    load_config(write(run="MODEL: {STRIP_MLP: {LAYERS: [1, 1, 1, 1]}}"), ["TRAIN.OPTIMIZER.BETAS", "[0.5, 0.6]"])
-    assert leaves(get_default_config()) == before
-
-
 # Values that do not go together
 
 
@@ -632,12 +520,6 @@ def test_warmup_as_long_as_the_training(write):
     path = write(run="TRAIN: {EPOCHS: 30, WARMUP_EPOCHS: 30}")
     message = refused(path)
     for part in (str(path), "TRAIN.WARMUP_EPOCHS is 30", "TRAIN.EPOCHS", "30"):
-        assert part in message
-
-
-def test_fewer_epochs_than_the_default_warmup_names_where_the_epochs_come_from(write):
-    message = refused(write(run=""), overrides=[("TRAIN.EPOCHS", 10, "--some-flag")])
-    for part in ("--some-flag", "TRAIN.EPOCHS", "10", "TRAIN.WARMUP_EPOCHS", "20"):
         assert part in message
 
 
@@ -704,25 +586,11 @@ def test_flag(write, flag, key, value):
     assert all("deprecated" in note for note in notes)
 
 
-def test_flags_not_given_leave_the_yaml_alone(write):
-    path = write(run="DATA: {ZIP_MODE: True}\nTRAIN: {USE_CHECKPOINT: True}\nAMP: bfloat16")
-    config, _ = get_config(parse("--cfg", path))
-    assert (config.DATA.ZIP_MODE, config.TRAIN.USE_CHECKPOINT, config.AMP) == (True, True, "bfloat16")
-
-
 @pytest.mark.parametrize("spelling", ["--local_rank=3", "--local-rank=3"])
 def test_local_rank_of_old_launchers(write, spelling):
     args = parse("--cfg", write(run=""), spelling)
     assert args.local_rank == 3
     assert leaves(get_config(args)[0]) == leaves(get_default_config())
-
-
-def test_bad_flag_is_named(write):
-    path = write(run="")
-    with pytest.raises(ConfigError, match=r"--batch-size: DATA\.BATCH_SIZE is 0; accepted: 1 or more"):
-        get_config(parse("--cfg", path, "--batch-size", "0"))
-    with pytest.raises(ConfigError, match=r"--accumulation-steps: TRAIN\.ACCUMULATION_STEPS is -1"):
-        get_config(parse("--cfg", path, "--accumulation-steps", "-1"))
 
 
 # Writing a config
@@ -752,15 +620,6 @@ def test_saved_config_loads_as_the_same(write, tmp_path, key, value):
     assert leaves(again)[key] == value
 
 
-def test_save_config_keeps_a_different_one(write, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for seed in (1, 1, 2, 2, 3):
-        save_config(load_config(write(run=f"SEED: {seed}"))[0], folder)
-    found = {path.name: load_config(path)[0].SEED for path in folder.iterdir()}
-    assert found == {"config_old1.yaml": 1, "config_old2.yaml": 2, "config.yaml": 3}
-
-
 # Errors at the entry points
 
 
@@ -777,38 +636,7 @@ def test_error_is_one_message_and_an_exit_status(capsys, monkeypatch):
         assert capsys.readouterr() == ("", "error: the path x\n")
 
 
-def test_error_of_one_rank_names_it(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-
-    def main():
-        raise UserError("the path x")
-
-    with pytest.raises(SystemExit):
-        run_entry_point(main)
-    assert capsys.readouterr().err == "[rank 1] error: the path x\n"
-
-
-def test_other_exceptions_keep_their_traceback():
-    def main():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run_entry_point(main)
-
-
 # The model of a config
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_model_of_a_released_file(variant):
-    path = CONFIGS / f"smlp_{variant}_alpha3_patch4_224_imagenet1k.yaml"
-    config, _ = load_config(path, ["MODEL.NUM_CLASSES", "1000"])
-    with torch.device("meta"):
-        model = build_model(config)
-    assert isinstance(model, StripMLP)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(VARIANTS[variant][3], abs=0.051)
-    assert not model.grad_checkpointing
 
 
 def test_model_takes_every_key(write):
@@ -847,26 +675,7 @@ def test_any_timm_model(write, name, drop_path_rate):
         assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
-def test_drop_path_rate_of_a_timm_model(write):
-    path = write(run="MODEL: {TYPE: timm, NAME: resnet18, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
-    with torch.device("meta"):
-        model = build_model(load_config(path)[0])
-    assert model.layer4[-1].drop_path.drop_prob == pytest.approx(0.3)
-
-
 def test_timm_model_without_stochastic_depth_says_so(write):
     path = write(run="MODEL: {TYPE: timm, NAME: vgg11, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
     with torch.device("meta"), pytest.warns(UserWarning, match=r"vgg11.*MODEL\.DROP_PATH_RATE"):
-        build_model(load_config(path)[0])
-
-
-def test_timm_model_without_activation_checkpointing_says_so(write):
-    path = write(run="MODEL: {TYPE: timm, NAME: vgg11, DROP_PATH_RATE: 0.0}\nTRAIN: {USE_CHECKPOINT: True}")
-    with torch.device("meta"), pytest.raises(ValueError, match="vgg11"):
-        build_model(load_config(path)[0])
-
-
-def test_unknown_timm_model(write):
-    path = write(run="MODEL: {TYPE: timm, NAME: resnet5O}")
-    with pytest.raises(ValueError, match=r"MODEL\.NAME is 'resnet5O'.*resnet50"):
         build_model(load_config(path)[0])
