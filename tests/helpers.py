@@ -52,6 +52,11 @@ def write_image_folder(root: Path, train: int, val: int, classes: int = 2) -> Pa
     return root
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """A run's metrics, of each epoch."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def load_tool(path: Path) -> ModuleType:
     """A script of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)

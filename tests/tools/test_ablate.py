@@ -186,15 +186,6 @@ def test_base(configs):
         assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 
 
-def test_base_that_is_given(configs):
-    folder = configs(a=setting("STRIP_WIDTH: 5"), b=setting("STRIP_WIDTH: 7"))
-    settings = load_settings(arguments(folder, base=str(folder / "b.yaml")))
-    assert [(s.name, s.base and s.base.name, s.changes) for s in settings] == [
-        ("b", None, {}),
-        ("a", "b", {"MODEL.STRIP_MLP.STRIP_WIDTH": 5}),
-    ]
-
-
 @pytest.mark.parametrize(
     ("line", "same"),
     [
@@ -299,25 +290,6 @@ def test_model_that_cannot_run(tmp_path, monkeypatch):
     settings = load_settings(arguments(tmp_path))
     assert [s.name for s in settings] == ["resnet50", "crossvit_9_240", "no_such_model"]
     assert [s.size is None for s in settings] == [False, True, True]
-
-
-def test_a_table_is_not_replaced_by_an_empty_one(configs, tmp_path, monkeypatch):
-    """Where --report is not told what the runs were started with."""
-    folder = configs(a=setting("STRIP_WIDTH: 5"))
-    out = tmp_path / "out"
-    words = ["ablate.py", str(folder), "--seeds", "0", "--output", str(out), "--report"]
-    options = ("TRAIN.EPOCHS", "3")
-    for s in load_settings(arguments(folder, epochs=3, output=out)):
-        write_run(s, 0, 90.0, out, *options, "TRAIN.WARMUP_EPOCHS", "2", epochs=3)
-    monkeypatch.setattr(sys, "argv", [*words, "--epochs", "3"])
-    with pytest.raises(SystemExit) as ended:
-        ablate.main()
-    assert ended.value.code == 0
-    before = (out / "ablation.md").read_text()
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(UserError, match=r"TRAIN.EPOCHS 3, not 2"):
-        ablate.main()
-    assert (out / "ablation.md").read_text() == before
 
 
 @pytest.mark.parametrize(

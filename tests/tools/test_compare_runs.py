@@ -2,10 +2,9 @@
 
 import csv
 import json
-import os
 
 import pytest
-from compare_runs import as_models, differences, find_runs, read_run, table
+from compare_runs import as_models, differences, find_runs, table
 
 from config import load_config, save_config
 from tests.helpers import ROOT, python
@@ -92,36 +91,6 @@ def test_unfinished_runs_do_not_count(run_folder, tmp_path):
     (model,) = as_models(find_runs([tmp_path]))
     assert len(model.runs) == 2
     assert model.statistics("last") == (50.0, None)
-
-
-def test_killed_before_its_last_checkpoint(run_folder):
-    folder = run_folder("killed", [50.0, 60.0])
-    assert read_run(folder).finished  # its checkpoints were deleted
-    (folder / "last.pth").touch()
-    os.utime(folder / "last.pth", (0, 0))
-    assert not read_run(folder).finished
-    (folder / "last.pth").touch()  # its checkpoints of epochs were deleted
-    assert read_run(folder).finished
-    os.utime(folder / "last.pth", (0, 0))
-    (folder / "ckpt_epoch_2.pth").touch()
-    assert read_run(folder).finished
-
-
-def test_run_that_has_just_begun_goes_with_its_seeds(run_folder, tmp_path):
-    for seed in "01":
-        folder = run_folder(f"a_seed{seed}", [50.0] * 10, "SEED", seed)
-        metrics = folder / "metrics.jsonl"
-        metrics.write_text(metrics.read_text().replace('"top5"', '"processes": 4, "top5"'))
-    run_folder("a_seed2", [], "SEED", "2")
-    run_folder("b_seed0", [], "MODEL.STRIP_MLP.GRN", "False")
-    models = as_models(find_runs([tmp_path]))
-    assert [(model.name, len(model.runs)) for model in models] == [("a", 3), ("b", 1)]
-    assert "processes" not in differences(models)[0]
-    # Another number of processes is another model: the global batch differs.
-    metrics.write_text(metrics.read_text().replace('"processes": 4', '"processes": 8'))
-    models = as_models(find_runs([tmp_path]))
-    assert len(models) == 3
-    assert "processes" in differences(models)[0]
 
 
 def test_values_of_another_kind_of_model_do_not_count(run_folder, tmp_path):

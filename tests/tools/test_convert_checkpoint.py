@@ -67,14 +67,6 @@ def test_stripped(tmp_path, suffix):
         torch.testing.assert_close(load_file(second), weights, rtol=0, atol=0)
 
 
-def test_another_size(tmp_path):
-    pico_checkpoint(tmp_path / "best.pth")
-    python(TOOL, tmp_path / "best.pth", tmp_path / "out.pth", "--opts", "DATA.IMG_SIZE", "[64,96]")
-    content = read_checkpoint(tmp_path / "out.pth")
-    assert content["model"]["stages.0.0.token_mixing.cgsmm.strip_h.weight"].shape == (2, 24, 24, 3)
-    assert content["config"]["DATA.IMG_SIZE"] == [64, 96]
-
-
 def released(name: str) -> dict[str, torch.Tensor]:
     return {key: torch.as_tensor(fill.weight(key, tuple(shape))) for key, shape in DATA[name]["state_dict"]}
 

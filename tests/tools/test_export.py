@@ -191,17 +191,6 @@ def test_program(monkeypatch, capsys, checkpoint, trained, tmp_path, options):
     assert any("proj_norm" in name for name in trained.model.state_dict())
 
 
-def test_model_of_timm(monkeypatch, capsys, tmp_path):
-    config, _ = load_config(ROOT / "configs/peers/resnet50.yaml", ["MODEL.NAME", "resnet10t", "DATA.IMG_SIZE", "32"])
-    config.defrost()
-    config.MODEL.NUM_CLASSES = 10
-    path = save_model(tmp_path / "last.pth", config)
-    result = run(monkeypatch, capsys, path, "--format", "torch")
-    assert (result.status, result.err) == (0, "")
-    assert result.out.splitlines()[-1] == str(tmp_path / "last.pt2")
-    assert (tmp_path / "last.pt2").is_file()
-
-
 @pytest.mark.parametrize("value", [1.0, float("nan")])
 def test_file_that_computes_something_else(monkeypatch, capsys, checkpoint, exported, tmp_path, value):
     def change(model):
@@ -255,18 +244,3 @@ def test_bad_input(monkeypatch, capsys, checkpoint, tmp_path, options, status, m
     result = run(monkeypatch, capsys, checkpoint, *options)
     assert result.status == status
     assert message in result.err
-
-
-def test_rectangle(tmp_path):
-    """Height and width keep their places."""
-    path = tmp_path / "a.pth"
-    run_pico = ("main.py", "--cfg", "configs/strip_mlp_pico_digits.yaml", "--output", tmp_path)
-    python(*run_pico, "--opts", *TINY, "DATA.IMG_SIZE", "[32,64]")
-    path = tmp_path / "strip_mlp_pico_digits/default/best.pth"
-    python("tools/export.py", path, "--format", "torch", "--output", tmp_path / "a.pt2")
-    extra = {"metadata.json": ""}
-    program = torch.export.load(tmp_path / "a.pt2", extra_files=extra)
-    said = json.loads(extra["metadata.json"])
-    assert said["image_size"] == "[32, 64]" and "(N, 3, 32, 64)" in said["input"]
-    assert said["preprocessing"].startswith("resize, keeping the ratio, to cover 36 x 73")
-    assert program.module()(torch.zeros(2, 3, 32, 64)).shape == (2, 10)

@@ -122,12 +122,6 @@ def test_diverged_run_is_drawn_and_nan_is_not_the_best(tmp_path):
     assert curves(figure.axes[1])["best top-1"] == [(2, 60)]
 
 
-def test_resumed_run_counts_the_later_line_and_sorts(tmp_path):
-    records = [epoch_record(1), epoch_record(3, lr=0.1), epoch_record(2, lr=0.2), epoch_record(3, lr=0.3)]
-    metrics = write_run(tmp_path / "run", records) / "metrics.jsonl"
-    assert [(record["epoch"], record["lr"]) for record in tool.read_metrics(metrics)] == [(1, 1e-3), (2, 0.2), (3, 0.3)]
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

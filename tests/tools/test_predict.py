@@ -156,22 +156,6 @@ def test_list_on_standard_input(monkeypatch, capsys, checkpoint, folder):
     assert [item["file"] for item in objects(result.out)] == list(map(str, expected))
 
 
-def test_folders_are_searched_in_order(tmp_path, monkeypatch):
-    names = ["b/2.PNG", "b/10.jpg", "a.jpeg", "b/c/0.webp", "a/1.tif"]
-    for name in [*names, "b/notes.txt", ".png.bak"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = [str(Path(path).relative_to(tmp_path)) for path in predict.find_paths([str(tmp_path)])]
-    assert found == ["a.jpeg", "a/1.tif", "b/10.jpg", "b/2.PNG", "b/c/0.webp"]
-    assert predict.find_paths([f"{tmp_path}/b/"]) == [
-        f"{tmp_path}/b/{name}" for name in ("10.jpg", "2.PNG", "c/0.webp")
-    ]
-    monkeypatch.chdir(tmp_path / "b/c")
-    assert predict.find_paths([".", "../../a/"]) == ["./0.webp", "../../a/1.tif"]
-    # A file that is named is taken whatever its name.
-    assert predict.find_paths([str(tmp_path / "b/notes.txt")]) == [str(tmp_path / "b/notes.txt")]
-
-
 @pytest.mark.parametrize(
     ("arguments", "stdin", "status", "message"),
     [

@@ -125,16 +125,6 @@ def test_split_depends_on_seed_and_class_name():
     assert tool.split_classes({"ant": names(40)}, 0.8, 1025)[1]["ant"] != val["ant"]
 
 
-@pytest.mark.parametrize(
-    ("count", "ratio", "train_count"),
-    [(10, 0.8, 8), (9, 0.8, 7), (435, 0.8, 348), (2, 0.01, 1), (2, 0.99, 1), (3, 0.999, 2), (5, 1e-9, 1)],
-)
-def test_sizes_are_rounded_down_and_clamped(count, ratio, train_count):
-    train, val = tool.split_classes({"ant": names(count)}, ratio, 1024)
-    assert (len(train["ant"]), len(val["ant"])) == (train_count, count - train_count)
-    assert sorted(train["ant"] + val["ant"]) == names(count)
-
-
 def assert_refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert result.returncode == 1
     assert result.stdout == ""

@@ -1,7 +1,6 @@
 """Tests of tools/visualize.py: what the pictures show, against independent computations; and each picture as a user
 makes it."""
 
-import argparse
 import csv
 import math
 
@@ -10,16 +9,15 @@ import pytest
 import timm
 import torch
 import visualize
-from figures import augmented, cam, mistakes, strips
+from figures import augmented, cam, strips
 from figures.receptive_field import effective_receptive_fields
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
 import main as training
-from config import add_checkpoint_arguments, leaves, load_config
+from config import leaves, load_config
 from data import build_sources
-from engine import trained
 from engine.evaluate import evaluate_run
 from models import StripMLP, build_model
 from models.strip_mlp import StripMLPLayer
@@ -307,51 +305,6 @@ def test_mistakes(checkpoint, tmp_path):
     source = build_sources(config, WORLD, train=False).val
     assert [int(row["true"]) for row in rows] == source.targets
     assert rows[5]["image"] == source.name(5)
-
-
-def some_predictions(true, predicted, loss, readable=None):
-    n = len(true)
-    readable = np.ones(n, dtype=bool) if readable is None else np.array(readable)
-    half = np.full(n, 0.5)
-    return mistakes.Predictions(np.arange(n), readable, np.array(true), np.array(predicted), half, half, np.array(loss))
-
-
-def test_confusion_of_the_digits(checkpoint):
-    found = mistakes.predict(loaded(checkpoint), build_sources(load_config(DIGITS)[0], WORLD, train=False).val)
-    matrix = found.confusion(10)
-    assert matrix.sum() == 360
-    assert np.trace(matrix) == 360 - len(found.wrong)
-    assert matrix.sum(axis=1).tolist() == np.bincount(found.true).tolist()
-    axes = mistakes.draw_confusion(found, list("0123456789")).axes[0]
-    written = np.zeros((10, 10), dtype=int)
-    for text in axes.texts:
-        column, row = text.get_position()
-        written[row, column] = int(text.get_text())
-    assert (written == matrix).all()
-    np.testing.assert_allclose(axes.images[0].get_array(), matrix / matrix.sum(axis=1, keepdims=True))
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-
-
-def loaded(path):
-    parser = argparse.ArgumentParser()
-    add_checkpoint_arguments(parser)
-    return trained.load_trained(parser.parse_args([str(path)]))
-
-
-def test_unreadable_images_and_none_wrong(command, tmp_path):
-    path = write_checkpoint(tmp_path / "two.pth", [*TINY, "DATA.DATASET", "imagenet"], ("class0", "class1"))
-    write_image(tmp_path / "data/val/class0/a.jpg", seed=0)
-    write_image(tmp_path / "data/val/class1/b.jpg", seed=1)
-    (tmp_path / "data/val/class1/c.jpg").write_bytes(b"no image")
-    status, _, err = command("mistakes", path, "--data-path", "data", "--output", "e.png")
-    assert status == 0, err
-    rows = read_csv(tmp_path / "e_predictions.csv")
-    assert [row["readable"] for row in rows] == ["True", "True", "False"]
-    assert rows[2]["predicted"] == rows[2]["loss"] == ""
-
-    found = some_predictions([0, 1], [0, 1], [0.1, 0.1])
-    figure = mistakes.draw_mistakes(found, [], None, ["a", "b"])
-    assert figure.get_suptitle() == "0 of 2 images wrong"
 
 
 # The command

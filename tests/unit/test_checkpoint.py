@@ -97,15 +97,6 @@ def test_without_hard_links(tmp_path, monkeypatch):
     assert not os.path.samefile(tmp_path / "best.pth", tmp_path / "last.pth")
 
 
-def test_left_overs_of_a_killed_run_are_no_hindrance(tmp_path):
-    (tmp_path / ".last.pth.tmp").write_bytes(b"half")
-    (tmp_path / ".last.pth.link").write_bytes(b"half")
-    save_checkpoint({"epoch": 1}, tmp_path / "best.pth", tmp_path / "last.pth")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pth", "last.pth"]
-    assert read_checkpoint(tmp_path / "best.pth") == {"epoch": 1}
-    assert os.path.samefile(tmp_path / "best.pth", tmp_path / "last.pth")
-
-
 def test_left_over_that_is_a_second_name_of_the_best_checkpoint(tmp_path):
     """What a kill between the two names leaves; the next save must not write through it."""
     save_checkpoint({"epoch": 1}, tmp_path / "best.pth")

@@ -29,7 +29,7 @@ from data import (
     build_sources,
     build_train_loader,
 )
-from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
+from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
 from data.device import Normalize
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
 from data.transforms import RandomResizedCrop, build_transform
@@ -220,24 +220,6 @@ def test_cifar(cifar, tmp_path):
     assert events == ["download"]
 
 
-def test_cifar_is_downloaded_by_the_main_process_while_others_wait(cifar, tmp_path):
-    name, _, _, events = cifar
-    config = config_with(DATA__DATASET=name, DATA__DATA_PATH=str(tmp_path / "shared"))
-    # In turn: the main process, the first one of each other machine, the others.
-    build_sources(config, World(0, 0, 3, torch.device("cpu")))
-    assert events == ["download", "barrier", "barrier"]
-    for local_rank, waits in ((0, 1), (1, 2)):
-        events.clear()
-        build_sources(config, World(1, local_rank, 3, torch.device("cpu")))
-        assert events == ["barrier", "barrier"]  # it is there
-        # What the other process would do in an empty folder shows when its turn is.
-        events.clear()
-        other = str(tmp_path / f"other{local_rank}")
-        config_of_other = config_with(DATA__DATASET=name, DATA__DATA_PATH=other)
-        build_sources(config_of_other, World(1, local_rank, 3, torch.device("cpu")))
-        assert events == ["barrier"] * waits + ["download"] + ["barrier"] * (2 - waits)
-
-
 @pytest.mark.parametrize("damage", ["missing", "corrupt"])
 def test_cifar_that_cannot_be_downloaded(cifar, tmp_path, damage):
     name, dataset, _, _ = cifar
@@ -358,14 +340,6 @@ def test_zip_whose_members_cannot_be_read(tmp_path, damage, cache_mode):
         next(iter(build_train_loader(config, source, world())))
 
 
-def test_loader_processes_read_an_archive_that_was_opened_before_them(tmp_path):
-    """Each on its own, or their reads would move one file offset."""
-    source = write_zip(tmp_path, "val", [(f"{i}.png", i % 2, png(i)) for i in range(64)])
-    source.cache([0])
-    config = config_with(DATA__IMG_SIZE=32, DATA__BATCH_SIZE=2, DATA__NUM_WORKERS=2)
-    assert all(batch.readable.all() for batch in build_eval_loader(config, source, world()))
-
-
 # The cache
 
 
@@ -403,21 +377,6 @@ def test_cache_gives_the_same_samples_without_reading_files_again(file_source, m
     delete()
     for sample, other in zip(samples(data), expected, strict=True):
         assert_same(sample, other)
-
-
-@pytest.mark.parametrize(("mode", "kept"), [("no", []), ("part", [1, 3, 5]), ("full", [0, 1, 2, 3, 4, 5])])
-def test_cached_share_of_one_process_of_two(file_source, mode, kept):
-    source, _ = file_source
-    read, reads = source.read, []
-    source.read = lambda index: reads.append(index) or read(index)
-    config = config_with(DATA__CACHE_MODE=mode, DATA__BATCH_SIZE=1, DATA__IMG_SIZE=32)
-    loader = build_train_loader(config, source, world(1, 2))
-    assert reads == kept
-    trained_on = torch.cat([batch.index for batch in loader]).tolist()
-    assert len(trained_on) == 3
-    if mode == "part":
-        assert sorted(trained_on) == kept
-    assert reads == (trained_on if mode == "no" else kept)
 
 
 # Samplers
@@ -584,18 +543,6 @@ def test_unreadable_image(tmp_path, content):
         assert sample[1:] == (source.targets[broken], broken, False)
 
 
-@pytest.mark.parametrize("broken", [MOST_REPLACEMENTS - 1, MOST_REPLACEMENTS])
-def test_many_unreadable_images_in_a_row(tmp_path, broken):
-    """Those after index 0, of more than are tried."""
-    files = {f"a/{i:03d}.png": png(i) if i >= broken else b"" for i in range(MOST_REPLACEMENTS + 5)}
-    data = dataset(FolderSource(write_folder(tmp_path, files)), is_train=True)
-    if broken < MOST_REPLACEMENTS:
-        assert data[0, 0].readable is False
-    else:
-        with pytest.raises(DataError, match=f"000.png and the {MOST_REPLACEMENTS - 1} files after it"):
-            data[0, 0]
-
-
 # Colour modes
 
 RGB = (200, 30, 60)
@@ -662,16 +609,6 @@ def test_evaluation_transform(size, crop, shorter, interpolation):
     assert found.shape == (3, size, size)
     assert found.dtype == torch.uint8
     assert np.array_equal(as_array(found), np.asarray(expected))
-
-
-def test_small_images_are_shifted_in_training_not_cropped():
-    transform = build_transform(config_with(DATA__IMG_SIZE=32, **NO_AUGMENTATION), is_train=True)
-    array = pixels(0, 32, 32)
-    padded = np.pad(array, ((4, 4), (4, 4), (0, 0)))
-    windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
-    seed_all(0)
-    shifts = {windows[as_array(transform(Image.fromarray(array))).tobytes()] for _ in range(60)}
-    assert len(shifts) > 20
 
 
 @pytest.mark.parametrize(

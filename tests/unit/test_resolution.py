@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import models  # noqa: F401  (registers them)
 from config import ConfigError, get_default_config, image_size, load_config
 from data import build_eval_loader, build_sources, build_train_loader
-from data.transforms import build_transform
-from models.resample import interpolation, resample
+from models.resample import interpolation
 from models.sparse_mlp import TokenLinear
 from models.strip_mlp import RelativePosition, StripMLPLayer
 from runtime.checkpoint import CheckpointError, load_weights, read_checkpoint
@@ -118,17 +116,6 @@ def test_larger_and_back(name, size):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("wave, error", [(1, 0.1), (8, 1.0)])
-def test_smaller_and_back(wave, error):
-    """Of weights that are smooth along the map, a smaller size loses little; of those that are not, nearly all."""
-    grid = torch.cos(torch.arange(16) * torch.pi * wave / 16 + 0.3)
-    weight = (grid[:, None] * grid[None, :])[None, :, :, None].repeat(3, 1, 1, 3)
-    axes = StripMLPLayer.map_axes["weight"]
-    again = resample(resample(weight, axes, 8), axes, 16)
-    lost = (again - weight).norm() / weight.norm()
-    assert lost < error if wave == 1 else lost > 0.5
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("source, target", [(64, 96), (96, 32), ((64, 96), (96, 64)), (32, (64, 96))])
@@ -147,14 +134,6 @@ def test_loading_is_resizing(name, source, target):
     torch.testing.assert_close(loaded(x), model(x))
     linear = [m for m in model.modules() if isinstance(m, TokenLinear)]
     assert all(m.in_features == m.out_features == m.weight.shape[0] for m in linear)
-
-
-@pytest.mark.parametrize("options", [{"branches": "lsmm"}, {"position_tables": False}, {"cgsmm_structure": "parallel"}])
-def test_ablations(options):
-    model = small("strip_mlp_tiny", 64, **options)
-    model.set_input_size((32, 96))
-    assert model(images((32, 96))).shape == (2, 5)
-    assert load_weights(model, {"model": small("strip_mlp_tiny", 64, **options).state_dict()}, "file.pth").fresh == []
 
 
 def test_size_that_does_not_divide():
@@ -220,22 +199,6 @@ def test_rectangles_from_the_loaders(tmp_path, size):
     sources = build_sources(config, world)
     for loader in (build_train_loader(config, sources.train, world), build_eval_loader(config, sources.val, world)):
         assert next(iter(loader)).image.shape == (4, 3, *size)
-
-
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (90, 400)])
-def test_rectangular_evaluation_crops_the_middle(shape):
-    """The image, covering 256 / 224 of the rectangle, without distortion: a circle stays one."""
-    height, width = 64, 96
-    image = Image.new("RGB", shape[::-1])
-    pixels = np.array(image)
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    pixels[(y - shape[0] / 2 + 0.5) ** 2 + (x - shape[1] / 2 + 0.5) ** 2 < 30**2] = 255
-    result = build_transform(rectangular([height, width]), is_train=False)(Image.fromarray(pixels))
-    assert result.shape == (3, height, width)
-    cover = int(256 / 224 * height), int(256 / 224 * width)
-    scale = max(cover[0] / shape[0], cover[1] / shape[1])
-    area = (result[0].float() / 255).sum().item()
-    assert area == pytest.approx(np.pi * (30 * scale) ** 2, rel=0.1) or 30 * scale > height / 2
 
 
 # As a user

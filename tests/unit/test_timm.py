@@ -6,9 +6,7 @@ import sys
 import pytest
 import timm
 import torch
-from timm.models import group_parameters
 from timm.models._manipulate import group_with_matcher
-from timm.optim.optim_factory import param_groups_layer_decay
 from timm.utils import reparameterize_model
 
 import models  # noqa: F401  (registers them)
@@ -130,20 +128,6 @@ def test_forward_intermediates(name):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", SMALL)
-def test_prune_intermediate_layers(name):
-    model, x = small(name).eval(), images()
-    expected, final = stage_outputs(model, x), model.forward_features(x)
-    assert model.prune_intermediate_layers([1, -1], prune_head=False) == [1, 3]
-    assert model(x).shape == (2, 5)  # nothing to remove
-    assert model.prune_intermediate_layers([1, 3]) == [1, 3] and model.num_classes == 0
-    torch.testing.assert_close(model.forward_features(x), final)
-    assert model.prune_intermediate_layers([0, 1]) == [0, 1] and len(model.stages) == 2
-    output, maps = model.forward_intermediates(x)
-    torch.testing.assert_close([*maps, output], [*expected[:2], expected[1]])
-
-
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_group_matcher(name, coarse):
@@ -169,16 +153,6 @@ def test_group_matcher(name, coarse):
     assert len(groups) - 1 == (6 if coarse else blocks + 2)
     for shortcut in (n for n in names if n.startswith("shortcut")):
         assert depth[shortcut] == depth[f"merging.{int(shortcut[len('shortcut_2to')]) - 2}.weight"]
-
-
-def test_layer_decay_of_timm():
-    model = small("strip_mlp_tiny")
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
-    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    scale = {name: scales[id(p)] for name, p in model.named_parameters()}
-    last = max(group_parameters(model, model.group_matcher()))
-    assert scale["head.fc.weight"] == 1 and scale["patch_embed.weight"] == 0.5**last == 0.5**6
-    assert scale["stages.1.1.token_mixing.fuse.weight"] == 2 * scale["stages.1.0.token_mixing.fuse.weight"]
 
 
 def test_gradient_checkpointing():
@@ -228,16 +202,6 @@ def test_checkpoint_path(trained):
     name, model, path = trained
     loaded = small(name, checkpoint_path=str(path)).eval()
     torch.testing.assert_close(loaded(images()), model(images()))
-
-
-@torch.no_grad()
-def test_moving_average_of_the_checkpoint(trained, tmp_path):
-    """Where there is one, timm loads it."""
-    name, model, _ = trained
-    average = {key: value + 1 for key, value in model.state_dict().items()}
-    save_checkpoint({"model": model.state_dict(), "model_ema": average}, tmp_path / "ema.pth")
-    loaded = timm.create_model(name, **SMALLER, checkpoint_path=str(tmp_path / "ema.pth"))
-    torch.testing.assert_close(loaded.state_dict(), average)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from tests.helpers import ROOT, TINY, trained_model
 from utils import UserError
 
 PICO = ROOT / "configs/strip_mlp_pico_digits.yaml"
-RELEASED_STRIP = "token_mixing.smlp_block.proj_h.weight"
 NAMES = [f"digit {number}" for number in range(10)]
 
 
@@ -144,46 +143,6 @@ def test_timm_model(tmp_path):
     trained = load(save(tmp_path / "a.pth", {"model": model.state_dict(), "config": values}))
     assert_same(trained, model)
     assert len(trained.classes) == 4
-
-
-def test_names_of_classes_from_a_file(tmp_path):
-    path = save_ours(tmp_path / "a.pth", classes=NAMES)
-    listing = tmp_path / "names.txt"
-    letters = ["é", *"bcdefghij"]
-    listing.write_text("\n".join(letters) + "\n", encoding="utf-8")
-    assert load(path, "--classes", listing).classes == letters
-    listing.write_text("one\ntwo\n")
-    with pytest.raises(UserError) as error:
-        load(path, "--classes", listing)
-    for part in (str(listing), "has 2 lines", "10 classes", str(path)):
-        assert part in str(error.value)
-    listing.write_bytes(b"\xff\xfe\n" * 10)
-    for name in (listing, tmp_path / "missing.txt", tmp_path):
-        with pytest.raises(UserError, match=f"--classes {name}: cannot be read"):
-            load(path, "--classes", name)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model": {}}, "holds no weights"),
-        ({"model": {"norm.weight": torch.ones(3)}}, "has no classifier (head.fc.weight, head.fc.bias)"),
-        ({"model": {"head.fc.bias": torch.ones(())}}, "has no classifier (head.fc.weight, head.fc.bias)"),
-        ({"model": {"head.fc.bias": torch.ones(3, 3)}}, "does not fit the model of the config"),
-        ({"model": {"head.fc.bias": torch.ones(3)}}, "does not fit the model of the config"),
-        # Looks released, but its strips' weights have the wrong shape.
-        (
-            {"model": dict.fromkeys(["merging1.weight", f"blocks1.0.{RELEASED_STRIP}"], torch.ones(1))},
-            "its weights cannot be converted",
-        ),
-    ],
-)
-def test_weights_of_something_else(tmp_path, content, message):
-    path = save(tmp_path / "a.pth", content)
-    with pytest.raises(CheckpointError) as error:
-        load(path, "--cfg", PICO, "--opts", *TINY, "MODEL.NUM_CLASSES", "0")
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
