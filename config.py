@@ -334,7 +334,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
         metavar="FILE",
         type=Path,
         help="names of the classes, one per line in label order (default: those in the checkpoint, or ImageNet-1K's "
-        "where there are 1,000)",
+        "if there are 1,000)",
     )
     parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
@@ -510,7 +510,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Refuses a key that is there twice, of which YAML loaders keep the last."""
+        """Refuses a key that is there twice. Other YAML loaders keep the last silently."""
         keys = set()
         for key in [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if key in keys:
@@ -560,7 +560,7 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def find(config: CfgNode, path: Sequence[str]) -> Any:
-    """The section or value at a path of names; None where there is none (no config value is None)."""
+    """The section or value at a path of names; None if there is none (no config value is None)."""
     node = config
     for name in path:
         if not isinstance(node, CfgNode) or name not in node:

@@ -162,7 +162,7 @@ def class_names(content: Mapping, path: Path, listing: Path | None, count: int) 
 
 
 def guessed_names(count: int) -> list[str]:
-    """ImageNet-1K's names where there are 1,000 classes, else their numbers."""
+    """ImageNet-1K's names if there are 1,000 classes, else their numbers."""
     if count == 1000:
         imagenet = ImageNetInfo("imagenet-1k")
         return [imagenet.index_to_description(index) for index in range(count)]

@@ -30,7 +30,7 @@ def freeze(model: nn.Module, what: str) -> None:
             known = ", ".join(dict.fromkeys(known.partition(".")[0] for known in modules if known))
             raise UserError(
                 f"TRAIN.FREEZE names {name!r}, which {type(model).__name__} does not have; accepted: none, backbone, "
-                f"or names of modules, of which the first level is: {known}"
+                f"or names of modules; those of the first level: {known}"
             )
         modules[name].requires_grad_(False)
     if what == "backbone":

@@ -130,7 +130,7 @@ def find_weights(content: Mapping, path: str | Path, ema: bool = True) -> dict[s
     that DistributedDataParallel and torch.compile add.
 
     Args:
-        ema: whether to take the moving average of the weights ("model_ema", "state_dict_ema") where there is one.
+        ema: whether to take the moving average of the weights ("model_ema", "state_dict_ema") if there is one.
     """
     averages = ("model_ema", "state_dict_ema") if ema else ()
     for key in (*averages, "model", "state_dict"):

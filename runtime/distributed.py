@@ -47,7 +47,7 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
     """Joins the process group that a launcher announced in the environment; without one, the world is this process.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        device: "auto" (CUDA if there is a device), "cpu" or "cuda".
         local_rank: what an old launcher passed as an argument; LOCAL_RANK in the environment takes precedence.
         timeout: how long processes wait for each other.
 

@@ -1,9 +1,9 @@
-"""Train every setting of an ablation with several seeds, and tabulate what came of it.
+"""Train every setting of an ablation with several seeds, and tabulate the results.
 
     python tools/ablate.py configs/ablations/digits --seeds 0 1 2 3 4
     python tools/ablate.py 'configs/ablations/cifar100/table6_*.yaml' --data-path data_cifar --processes 8
     python tools/ablate.py configs/peers --data-path DATA --print > commands.txt    # for a scheduler
-    python tools/ablate.py configs/peers --data-path DATA --report                  # the table of what is there
+    python tools/ablate.py configs/peers --data-path DATA --report                  # tabulates what has been run
 
 Takes config files, folders of them and globs. The base of a setting is the config that its BASE names, and is trained
 too, unless that is a fragment without a MODEL.NAME; a setting that is the same as its base is not trained twice. Each
@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--print", action="store_true", help="print the commands of what is not finished, run nothing")
-    action.add_argument("--report", action="store_true", help="only tabulate what is there")
+    action.add_argument("--report", action="store_true", help="only tabulate what has been run")
     args = parser.parse_args()
     if len(args.opts) % 2:
         parser.error("--opts takes pairs of a key and a value")
@@ -135,7 +135,7 @@ class Setting:
 
     @property
     def finished(self) -> Model:
-        """Its finished runs, or its base's where it is the same."""
+        """Its finished runs, or its base's if it is the same."""
         if self.same_as_base:
             return Model(self.name, self.base.finished.runs)
         return Model(self.name, [run for run in self.runs.values() if run.finished])
@@ -168,7 +168,7 @@ def find_configs(patterns: Sequence[str]) -> list[Path]:
 
 
 def base_of(path: Path, opts: Sequence[str] = ()) -> Path | None:
-    """The config that a file's BASE names; None where it is a fragment, which gives the model no name, or several."""
+    """The config that a file's BASE names; None if that is a fragment without a MODEL.NAME, or if there are several."""
     bases = read_yaml(path).get("BASE")
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or len(bases) != 1 or not isinstance(bases[0], str) or not bases[0]:
@@ -195,7 +195,7 @@ def options_of(args: argparse.Namespace, path: Path) -> list[str]:
 
 
 def load_setting(path: Path, args: argparse.Namespace) -> Setting:
-    """A setting with the command line's values on top; what is wrong with it is its `problem`."""
+    """A setting with the command line's values on top. If something is wrong with it, that is its `problem`."""
     setting = Setting(path)
     try:
         overrides = [("OUTPUT", str(args.output), "--output")]
@@ -220,7 +220,7 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
         try:
             base = Path(args.base) if args.base else base_of(path, args.opts)
         except ConfigError:
-            base = None  # which loading the setting meets again, and says
+            base = None  # loading the setting fails on it again, and reports it
         for needed in filter(None, (base, path)):
             if needed.resolve() not in settings:
                 settings[needed.resolve()] = load_setting(needed, args)
@@ -249,7 +249,7 @@ def load_settings(args: argparse.Namespace) -> list[Setting]:
 
 
 def sameness(setting: Setting) -> str:
-    """Why a setting's runs would be its base's over again; empty if they would not."""
+    """Why a setting's runs would repeat its base's; empty if they would not."""
     changes = setting.changes
     if not changes:
         return "as the base"
@@ -264,11 +264,11 @@ def sameness(setting: Setting) -> str:
 
 
 def behaviour(config: Any) -> list[torch.Tensor]:
-    """What tells two models of one seed apart: their weights, and their outputs in training and evaluation."""
+    """What distinguishes two models of one seed: their weights, and their outputs in training and evaluation."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build_model(without_data(config))
-        for parameter in model.parameters():  # of which some start at zero, and hide what they multiply
+        for parameter in model.parameters():  # some start at zero, and hide what they multiply
             parameter.add_(0.02 * torch.randn_like(parameter))
         images = torch.randn(2, 3, *image_size(config))
         outputs = [model.train()(images), model.eval()(images)]
@@ -309,7 +309,7 @@ def look(setting: Setting, seed: int, processes: int | None = None) -> None:
     if not run.values:
         return
     found, wanted = comparable(run.values), comparable(setting.values)
-    if not setting.values["DATA.DATA_PATH"]:  # to tabulate, nobody need say where the images are
+    if not setting.values["DATA.DATA_PATH"]:  # --report does not need the images
         wanted.pop("DATA.DATA_PATH", None)
     if processes is not None and run.processes is not None:
         found["processes"], wanted["processes"] = run.processes, processes
@@ -385,7 +385,7 @@ def console_of(setting: Setting, seed: int) -> Path:
 
 
 def reason(status: int, printed: str, console: Path) -> str:
-    """Why a run failed: its first error message, from which others may follow."""
+    """Why a run failed: its first error message. Later ones may follow from it."""
     lines = [line for line in printed.splitlines() if line.strip()]
     # Ours, or else an exception's, with or without the rank before it
     patterns = (
@@ -419,7 +419,7 @@ def announce(settings: Sequence[Setting]) -> None:
 
 
 def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
-    """Raises Interrupted where a signal came."""
+    """Trains what is not finished. Raises Interrupted if a signal came."""
     todo = list(to_train(settings, args.seeds))
     done = sum(run.finished for setting in settings for run in setting.runs.values())
     print(f"{len(todo)} runs to train, {done} finished before", flush=True)
@@ -465,7 +465,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     rows, numbers = [], []
     for setting in settings:
         model = setting.finished
-        size = model.size if model.runs else setting.size  # of as many classes as the data turned out to have
+        size = model.size if model.runs else setting.size  # with the number of classes that the data had
         last, best, loss, (speed, _) = map(model.statistics, ("last", "best", "loss", "speed"))
         base, _ = setting.base.finished.statistics("last") if setting.base else (None, None)
         delta = None if base is None or last[0] is None else last[0] - base
@@ -527,7 +527,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
 
 
 def state(setting: Setting, seed: int) -> tuple[str, str]:
-    """Of one run: finished, failed, stopped or not run; and why."""
+    """The state of one run: finished, failed, stopped or not run; and why."""
     run = setting.runs.get(seed)
     if setting.problem or seed in setting.failures:
         return "failed", setting.problem or setting.failures[seed]
@@ -554,7 +554,7 @@ def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
 
 
 def conditions(settings: Sequence[Setting]) -> list[str]:
-    """What the numbers of each base's settings were obtained with."""
+    """What each base's settings were trained with."""
     bases = dict.fromkeys(setting.base or setting for setting in settings if not setting.problem)
     lines = []
     for base in bases:

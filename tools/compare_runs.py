@@ -48,7 +48,7 @@ from tables import as_csv, markdown
 
 from config import leaves, load_config
 
-# Where and how a run is kept, which no result depends on
+# Where and how a run is kept: results do not depend on these
 BOOKKEEPING = (
     *("OUTPUT", "TAG", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
     *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME"),
@@ -59,12 +59,12 @@ COLORS = ("#006BA4", "#FF800E", "#595959", "#5F9ED1", "#C85200", "#A2C8EC", "#89
 
 @dataclass
 class Run:
-    """What a run's folder tells.
+    """The content of a run's folder.
 
     Attributes:
         values: its config by dotted key; empty where it cannot be read.
         records: one per epoch that is done, as `read_metrics` gives them.
-        problem: why there are no numbers; empty where there are.
+        problem: why there are no numbers, or empty.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def epochs(self) -> int:
-        """Done."""
+        """Epochs done."""
         return int(self.records[-1]["epoch"]) if self.records else 0
 
     @property
@@ -101,18 +101,18 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """Validation loss after the last epoch; None where it was not finite."""
+        """Validation loss after the last epoch; None if it was not finite."""
         return self.records[-1].get("val_loss") if self.records else None
 
     @property
     def processes(self) -> int | None:
-        """That trained it last; None in runs that do not say so."""
+        """The number of processes that trained it last; None if the run does not say."""
         count = self.records[-1].get("processes") if self.records else None
         return None if count is None else int(count)
 
     @property
     def seconds(self) -> float:
-        """Of training, without evaluation."""
+        """Time of training, without evaluation."""
         return sum(record.get("seconds", 0.0) for record in self.records)
 
     @property
@@ -123,7 +123,7 @@ class Run:
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """The config values that results depend on, without the seed. The path is one of them where it is all that says
+    """The config values that results depend on, without the seed. The data path is one of them if nothing else says
     which images there are."""
     left_out = {*BOOKKEEPING, "SEED"}
     if values["DATA.DATASET"] in ("CIFAR10", "CIFAR100", "digits"):  # the same anywhere
@@ -137,7 +137,7 @@ def comparable(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> Run:
-    """A run's folder; what cannot be read is said in `problem`."""
+    """Reads a run's folder. `problem` says what cannot be read."""
     run = Run(path)
     try:
         run.config, _ = load_config(path / "config.yaml")
@@ -183,23 +183,22 @@ class Model:
 
     @property
     def counted(self) -> list[Run]:
-        """Those that its numbers are of: the finished ones, if there are any."""
+        """The runs that its numbers come from: the finished ones, if there are any."""
         return [run for run in self.runs if run.finished] or self.runs
 
     def statistics(self, what: str) -> tuple[float | None, float | None]:
-        """Mean and sample standard deviation of an attribute of `Run` over the runs that have it; None where too few
-        do."""
+        """Mean and sample standard deviation of an attribute, over the runs that have it; None if too few do."""
         numbers = [number for run in self.counted if (number := getattr(run, what)) is not None]
         return mean(numbers) if numbers else None, stdev(numbers) if len(numbers) > 1 else None
 
     @cached_property
     def size(self) -> Count | None:
-        """Of its model; None where that cannot be built."""
+        """The size of its model; None if that cannot be built."""
         return model_size(self.runs[0].config)
 
     @property
     def family(self) -> str:
-        """What shares a colour with it."""
+        """Runs of the same family share a colour."""
         values = self.runs[0].values
         name = values["MODEL.NAME"] if values["MODEL.TYPE"] == "timm" else "strip_mlp"
         return re.match(r"[A-Za-z]*(_mlp)?", name)[0] or name
@@ -212,16 +211,16 @@ def as_models(runs: Sequence[Run]) -> list[Model]:
     processes = {repr(comparable(r.values)): r.processes for r in reversed(runs) if r.values and r.processes}
     for run in runs:
         if run.values:
-            # A run without an epoch does not say how many processes it has: it goes with the others.
+            # A run without an epoch does not say how many processes it has. It is counted with the others.
             same = repr(comparable(run.values))
             same += f" {run.processes or processes.setdefault(same, run.processes)}"
             seed = run.values["SEED"]
-            # A second run with the same seed is no sample of its own: it is kept apart.
+            # A second run with the same seed is not another sample. It is kept apart.
             groups.setdefault((same, times[same, seed]), []).append(run)
             times[same, seed] += 1
     tags = [re.sub(r"_?seed\d+$", "", members[0].values["TAG"]) for members in groups.values()]
     names = [members[0].values["MODEL.NAME"] for members in groups.values()]
-    # The first of these by which a model can be told from the others
+    # The first of these that distinguishes a model from the others
     short = [name if tag in ("", "default") else tag for name, tag in zip(names, tags, strict=True)]
     both = [f"{name}/{tag}".rstrip("/") for name, tag in zip(names, tags, strict=True)]
     paths = [str(members[0].path) for members in groups.values()]
@@ -236,7 +235,7 @@ _sizes: dict[str, Count | None] = {}
 
 
 def model_size(config: Any) -> Count | None:
-    """Of a config's model, counted once; None where it cannot be built."""
+    """The size of a config's model, counted once; None if it cannot be built."""
     values = leaves(config)
     keys = [key for key in values if key.startswith("MODEL.")] + ["DATA.IMG_SIZE", "DATA.DATASET"]
     key = repr([values[key] for key in keys if key not in ("MODEL.PRETRAINED", "MODEL.RESUME")])
@@ -292,7 +291,7 @@ def _remark(model: Model) -> str:
 
 def differences(models: Sequence[Model]) -> tuple[str, str] | None:
     """The config values that are not the same in all models, and the number of processes if it is not, as Markdown and
-    as CSV; None where all are the same."""
+    as CSV; None if all are the same."""
     values = [
         {**comparable(m.runs[0].values), "processes": next((r.processes for r in m.runs if r.processes), None)}
         for m in models
@@ -352,7 +351,7 @@ def plain(name: str) -> str:
 
 
 def _legend(figure: Figure) -> None:
-    """Beside the panels, which have the same."""
+    """One legend for all panels, beside them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=9)

@@ -58,7 +58,7 @@ def write(trained: Trained, output: Path, names: str) -> None:
         released = to_released_names(trained.model)
         if released is None:
             raise CheckpointError(
-                f"{trained.path}: is of a {type(trained.model).__name__}, of which there are no released names; "
+                f"{trained.path}: is of a {type(trained.model).__name__}, which has no released names; "
                 "accepted for --to released: Strip-MLP and Sparse MLP"
             )
         check_released(trained)

@@ -115,7 +115,7 @@ from runtime.checkpoint import load_weights, read_checkpoint, save_checkpoint
 FILES = ("results.json", "detections.png", "detector.pth")
 MOST_DIGITS = 4  # on a canvas
 SCRAMBLED_DIGITS = 2
-INK = 0.25  # the opacity from which on a pixel is part of a digit, and of its box
+INK = 0.25  # a pixel of at least this opacity is part of a digit, and of its box
 TRIES = 10  # to find room for a digit
 FPN_CHANNELS = 64
 SHOWN_CANVASES = 8
@@ -169,7 +169,7 @@ def retinanet(backbone: DetectionBackbone, num_classes: int, size: tuple[int, in
         num_classes,
         anchor_generator=anchors,
         head=head,
-        # All that is found counts, however unlikely: torchvision's 0.05 would leave an untrained detector nothing.
+        # Even the least likely boxes count: torchvision's 0.05 would leave an untrained detector none.
         score_thresh=0.0,
         detections_per_img=100,
         fixed_size=size[::-1],
@@ -223,18 +223,18 @@ def build_detector(name: str, model: str, size: tuple[int, int], num_classes: in
     detector, stages = DETECTORS[name]
     try:
         body = timm.create_model(model, features_only=True, img_size=size, out_indices=stages)
-    except (RuntimeError, TypeError, ValueError) as error:  # whatever that model's own code says
+    except (RuntimeError, TypeError, ValueError) as error:  # raised by that model's own code
         raise UserError(f"--model {model} cannot be built for --size {size[0]} {size[1]}: {error}") from error
     return detector(DetectionBackbone(body, FPN_CHANNELS), num_classes, size)
 
 
 def load_backbone(detector: nn.Module, model: str, size: tuple[int, int], path: Path) -> None:
-    """Loads a classifier's checkpoint into the backbone of a detector; its head and what else is unused is dropped.
+    """Loads a classifier's checkpoint into the backbone of a detector. Its head and other unused parts are dropped.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit the model.
     """
-    # Through the whole classifier, so that nothing can be missing unnoticed.
+    # Loaded into the whole classifier first, so that a missing entry is noticed.
     classifier = timm.create_model(model, img_size=size)
     load_weights(classifier, read_checkpoint(path), path, new_classifier=True)
     weights = classifier.state_dict()
@@ -243,7 +243,7 @@ def load_backbone(detector: nn.Module, model: str, size: tuple[int, int], path: 
 
 
 class DigitCanvases(Dataset):
-    """Images with digits on them, each drawn anew whenever it is asked for, always the same.
+    """Images with digits on them. Each is drawn when it is asked for, always the same.
 
     Args:
         source: of the digits.
@@ -308,7 +308,7 @@ class DigitCanvases(Dataset):
         return torch.tensor([left, top, left + side, top + side])
 
     def _free_frame(self, rng: np.random.Generator, taken: Tensor) -> Tensor | None:
-        """One that meets none of those taken, (n, 4); None if there is hardly any room for it."""
+        """A square that meets none of those taken, (n, 4); None if none is found."""
         for _ in range(TRIES):
             frame = self._frame(rng)
             if not box_iou(frame[None].float(), taken).any():
@@ -365,7 +365,7 @@ def average_precision(truth: Sequence[Target], found: Sequence[Target], classes:
             columns = (image["boxes"].tolist(), image["labels"].tolist(), scores.tolist())
             for (left, top, right, bottom), label, score in zip(*columns, strict=True):
                 width, height = right - left, bottom - top
-                # Numbered from 1, because pycocotools takes a match with number 0 for none.
+                # Numbered from 1: pycocotools treats a match with number 0 as no match.
                 annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "score": score}
                 annotations.append(
                     {**annotation, "bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
@@ -391,7 +391,7 @@ def average_precision(truth: Sequence[Target], found: Sequence[Target], classes:
 
 
 def guesses(truth: Sequence[Target], num_classes: int, seed: int) -> dict[str, list[Target]]:
-    """What could be said of canvases without looking at them; and by one who sees where digits are, but not which.
+    """What guessing gets: boxes and classes of another canvas, and the true boxes with any class.
 
     Args:
         num_classes: without the background.
@@ -495,7 +495,7 @@ def draw(canvases: Dataset, found: Sequence[Target], classes: Sequence[str]) -> 
 
 
 def save_small(figure: Figure, path: Path) -> None:
-    """As a PNG of 256 colours, which noise makes several times smaller than one of all."""
+    """Saves a PNG of 256 colours. With this much noise, one of all colours would be several times larger."""
     with io.BytesIO() as file:
         figure.savefig(file, format="png", dpi=100)
         Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -509,7 +509,7 @@ def find_device(name: str) -> torch.device:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes it; a UserError if it has results of an earlier run."""
+    """Makes the folder. Raises UserError if it has results of an earlier run."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:

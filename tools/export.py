@@ -55,8 +55,8 @@ def parse_args() -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a name that ends in .onnx or .pt2; what is there is replaced (default: beside the checkpoint, with its "
-        "name, if nothing is there)",
+        help="a name that ends in .onnx or .pt2; an existing file is replaced (default: the checkpoint's name beside "
+        "it, if there is no such file)",
     )
     parser.add_argument("--normalize", action="store_true", help="the file takes uint8 images and normalises them")
     parser.add_argument(
@@ -97,10 +97,9 @@ from engine.trained import Trained, load_trained
 from runtime.distributed import World
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# What PyTorch's exporter writes its operators in, in all versions: others are converted from it, and fewer runtimes
-# read them.
+# All versions of PyTorch's exporter write this opset. Others are converted from it, and fewer runtimes read them.
 OPSET = 18
-TRACED_BATCH = 2  # torch.export takes a size of 1 for a constant
+TRACED_BATCH = 2  # torch.export would treat a size of 1 as a constant
 CHECKED_BATCHES = (1, 3)
 
 
@@ -136,7 +135,7 @@ class Form:
 
 
 def prepare(trained: Trained, reparameterize: bool, normalize: bool) -> nn.Module:
-    """The module to export; the model itself stays as it is."""
+    """The module to export. The model itself is not changed."""
     model = trained.model
     if reparameterize:
         model = reparameterize_model(model)
@@ -149,7 +148,7 @@ def random_images(size: tuple[int, int], batch: int) -> Tensor:
 
 
 def numbers(values: Tensor) -> str:
-    """As JSON, to the six digits that float32 has."""
+    """Numbers as JSON, with the six digits that float32 has."""
     return json.dumps([round(value, 6) for value in values.flatten().tolist()])
 
 
@@ -187,7 +186,7 @@ def preprocessing(config) -> str:
 
 @contextmanager
 def quiet():
-    """Without what exporters and quantisers warn of, which the check settles."""
+    """Hides the warnings of exporters and quantisers. The check of the logits covers what they warn of."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -198,7 +197,7 @@ def quiet():
 
 
 def write_onnx(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
-    """Writes the model as one ONNX file. Raises whatever the exporter does."""
+    """Writes the model as one ONNX file. Raises any exception of the exporter."""
     program = torch.onnx.export(
         model,
         (images,),
@@ -210,7 +209,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, properties: Mapping
         verbose=False,
     )
     for node in program.model.graph:
-        node.metadata_props.clear()  # from which lines of whose source code it came: a fifth of a small file
+        node.metadata_props.clear()  # source lines of the model's code, a fifth of a small file
     program.model.metadata_props.update(properties)
     program.save(path)
 
@@ -229,23 +228,22 @@ def quantize(source: Path, path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with quiet():
-        # Folds what is computed of weights alone: only weights that are stored can be quantised. (Some versions of ONNX
-        # Runtime's quant_pre_process lose their file where they are to do no more than that.)
+        # Folds what is computed from weights alone: only stored weights can be quantised. (Some versions of ONNX
+        # Runtime's quant_pre_process lose their file if this is all they are asked to do.)
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(path)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         model = onnx.load(path)
-        # Of before folding, which the quantiser takes for contradictions.
+        # These are from before folding; the quantiser would reject them as contradictions.
         model.graph.ClearField("value_info")
-        # Convolutions in groups, as those of strips and the depthwise ones are, ONNX Runtime computes slower in
-        # integers than in float32.
+        # ONNX Runtime computes convolutions in groups (strips, depthwise) slower in integers than in float32.
         grouped = [
             node.name
             for node in model.graph.node
             if any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
         ]
-        # Not signed, of which its convolutions take three times as long; on processors without VNNI they may overflow.
+        # Unsigned: convolutions with signed weights take three times as long, and may overflow without VNNI.
         quantize_dynamic(
             model,
             path,
@@ -285,13 +283,13 @@ FORMATS = {
 
 @contextmanager
 def exporting(name: str, form: str):
-    """Inside, `write_onnx` and `write_program` do not warn, and their errors are UserErrors."""
+    """Inside, `write_onnx` and `write_program` do not warn, and their errors become UserErrors."""
     try:
         with quiet():
             yield
     except OSError:  # the disk's
         raise
-    except Exception as error:  # an exporter's own, of whatever went wrong inside
+    except Exception as error:  # exporters raise anything
         cause: BaseException = error
         while cause.__cause__:
             cause = cause.__cause__
@@ -361,7 +359,7 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
         bar.set_description("check")
         exported = Form(name, runner(path, before), path)
         exported.difference = largest_difference(exported, forms[0], size)
-        if not exported.difference <= args.tolerance:  # nor if it is NaN
+        if not exported.difference <= args.tolerance:  # NaN included
             raise UserError(
                 f"{output}: not written, because its logits differ by {exported.difference:.3g} from PyTorch's; "
                 f"accepted: --tolerance {args.tolerance:g}" + ", or try --no-reparameterize" * args.reparameterize
@@ -384,7 +382,7 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
 
 
 def table(forms: Sequence[Form], evaluated: int) -> str:
-    """The forms side by side.
+    """A table of the forms.
 
     Args:
         evaluated: images of the evaluation; 0 without one.

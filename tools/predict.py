@@ -85,7 +85,7 @@ class Prediction:
 
     Attributes:
         classes: (name, label, probability) of the likeliest, best first.
-        error: why there are none.
+        error: why there are no predictions.
     """
 
     path: str

@@ -6,9 +6,9 @@
     python tools/visualize.py augmented --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA
     python tools/visualize.py mistakes output/strip_mlp_pico_digits/default/best.pth
 
-Each has a --help of its own. A picture is a PNG, in the current folder unless --output says otherwise; what is there is
-replaced only if --output names it. Prints the names of the files. The exit status is 0 if they are written, 1 if not, 2
-for options that are not accepted.
+Each has a --help of its own. A picture is a PNG, in the current folder unless --output says otherwise. An existing
+file is replaced only if --output names it. The names of the files are printed. The exit status is 0 if they are
+written, 1 if not, 2 for options that are not accepted.
 """
 
 import argparse

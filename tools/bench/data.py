@@ -108,7 +108,7 @@ class Repeated(Source):
 
 
 def evenly(source: Source, most: int) -> list[int]:
-    """Samples of all its classes, as far as so many go."""
+    """At most that many samples, evenly spread over its classes."""
     count = min(most, len(source))
     return [i * len(source) // count for i in range(count)]
 

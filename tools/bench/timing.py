@@ -23,7 +23,7 @@ class Timing:
         first: seconds of the very first call, with compilation.
         iterations: calls per timing.
         seconds: per call, one number per round.
-        problem: why there are no numbers; empty where there are.
+        problem: why there are no numbers, or empty.
     """
 
     first: float = 0.0

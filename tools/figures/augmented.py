@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from config import load_config
-from data import build_batch_transform, build_mixup, build_sources, build_train_loader, check_num_classes
+from data import build_batch_transform, build_mixup, build_sources, build_train_loader, check_num_classes, denormalize
 from runtime.distributed import World
 from utils import seed_all
 
@@ -30,7 +29,7 @@ def first_batch(config, epoch: int) -> tuple[Tensor, Tensor, list[str]]:
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
     config = config.clone()
     config.defrost()
-    config.DATA.NUM_WORKERS = 0  # on which no image depends; they would load what comes after
+    config.DATA.NUM_WORKERS = 0  # images do not depend on it, and workers would load further batches
     source = build_sources(config, world, val=False).train
     classes = check_num_classes(config, source)
     mixup = build_mixup(config, classes)
@@ -44,12 +43,6 @@ def first_batch(config, epoch: int) -> tuple[Tensor, Tensor, list[str]]:
         smoothing = config.MODEL.LABEL_SMOOTHING
         return images, (targets - smoothing / classes) / (1 - smoothing), source.classes
     return images, torch.nn.functional.one_hot(targets, classes).float(), source.classes
-
-
-def denormalize(images: Tensor) -> Tensor:
-    """Normalised images (N, 3, S, S) to 0..1; what random erasing has put beyond is clipped."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images * std + mean).clamp(0, 1)
 
 
 def describe(target: Tensor, classes: Sequence[str], most: int) -> str:

@@ -72,7 +72,7 @@ def grad_cam(model: nn.Module, image: Tensor, label: int, stage: int) -> Tensor:
     logit = model.forward_head(features)[0, label]
     (gradient,) = torch.autograd.grad(logit, activations, allow_unused=True)
     if gradient is None:
-        raise UserError(f"{type(model).__name__} gives copies of its stages' maps, of which Grad-CAM has no gradient")
+        raise UserError(f"{type(model).__name__} gives copies of its stages' maps, so that Grad-CAM has no gradient")
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     return (weights * activations).sum(dim=1)[0].relu().detach()
 

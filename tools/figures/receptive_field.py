@@ -166,7 +166,7 @@ def find_images(folder: Path, count: int) -> list[Path]:
     there are not so many.
 
     Raises:
-        UserError: there are none.
+        UserError: no image was found.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
     if not paths:
@@ -204,7 +204,7 @@ def draw(args: argparse.Namespace) -> tuple[Figure, str]:
 
 
 def draw_fields(found: Sequence[tuple[Subject, list[Field]]], images: str) -> Figure:
-    """The figure; `images` says of which the mean was taken."""
+    """The figure; `images` says which images the mean is over."""
     figure = Figure(figsize=(WIDTH, 0.9 + 1.6 * len(found)), layout="constrained")
     weights = "" if any(subject.weights for subject, _ in found) else ", random weights"  # else the rows say it
     figure.suptitle(f"Effective receptive field, mean over {images}{weights}", fontsize=10)
