@@ -82,9 +82,10 @@ def printable(name: str) -> str:
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
-    """The first `most` of some names, printable, and how many more there are."""
+    """The first `most` of some names, and how many more there are. Each is printable, and cut after 200 characters:
+    names can come from files that nobody vouches for."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
+    return ", ".join(printable(name[:200]) for name in names[:most]) + more
 
 
 def seed_all(*position: int, cuda: bool = True) -> None:

@@ -380,6 +380,15 @@ def test_calls_are_not_made(tmp_path, monkeypatch, name, how):
     assert "antigravity" not in sys.modules
 
 
+@pytest.mark.parametrize("key", ["\x1b[2J", "x\ny", "\ud800", "x" * 100_000, 10**600, (1, 2), None])
+@pytest.mark.parametrize("where", ["top", "model", "more", "config", "moments"])
+def test_messages_about_keys(tmp_path, key, where):
+    content = {} if where == "top" else copy.deepcopy(trained("adamw"))
+    section = at(content, {"model": ("model",), "config": ("config",), "moments": MOMENT}.get(where, ()))
+    section[key] = torch.zeros(1)
+    resumes_or_is_refused(write(tmp_path / "a.pth", content), "adamw")
+
+
 BOMBS = {
     "hash": b"\x80\x02}K\x00\x85" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(64)) + b"K\x01s.",
     "set": b"\x80\x02c__builtin__\nset\nK\x00\x85" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(64)) + b"\x85R.",
