@@ -117,8 +117,8 @@ class Watchdog:
                 self._give_up(f"no progress for {self.seconds:g} seconds (TIMEOUT): {self._reason()}")
             elif min(waited, now - self._store_lost) > ORPHAN_SECONDS:
                 self._give_up(
-                    f"no progress for {ORPHAN_SECONDS:g} seconds since the processes' store, which is rank 0's if not "
-                    f"torchrun's, has gone; here: {self._mark.doing}"
+                    f"no progress for {ORPHAN_SECONDS:g} seconds since the processes' store (torchrun's, or else rank "
+                    f"0's) was lost; here: {self._mark.doing}"
                 )
             elif waited > ORPHAN_SECONDS and (killed := [peer.name for peer in self._peers if peer.killed()]):
                 self._give_up(
@@ -179,7 +179,7 @@ class Watchdog:
         if not self._peers:
             return here
         if now - self._answered > 3 * self.interval:
-            return f"the processes' store, which is rank 0's if not torchrun's, does not answer; here: {here}"
+            return f"the processes' store (torchrun's, or else rank 0's) does not answer; here: {here}"
         peers = [peer for peer in self._peers if not peer.left]
         silent = [peer.name for peer in peers if peer.silent > 3 * self.interval]
         if silent:

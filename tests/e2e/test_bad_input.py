@@ -9,6 +9,8 @@ import torch
 
 from tests.helpers import TINY, python, torchrun, write_image_folder
 
+pytestmark = pytest.mark.slow
+
 CONFIG = "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 RUN = "smlp_tiny_alpha3_patch4_224_imagenet1k/default"
 

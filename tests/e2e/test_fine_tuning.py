@@ -22,6 +22,8 @@ from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, read_metrics, start_processes
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 CFG = "configs/strip_mlp_pico_digits.yaml"
 RUN = "strip_mlp_pico_digits"
 # Four steps of an epoch, on one class of two.

@@ -19,6 +19,8 @@ from config import load_config, save_config
 from tests.helpers import ROOT, environment, python
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 BASE = """
 DATA: {IMG_SIZE: 32, BATCH_SIZE: 8, NUM_WORKERS: 0}
 MODEL:

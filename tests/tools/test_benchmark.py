@@ -28,6 +28,8 @@ from models.released import checkpoint_filter_fn
 from tests.helpers import ROOT
 from utils import run_entry_point
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PICO = ["strip_mlp_pico", "literal:strip_mlp_pico"]
 QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--device", "cpu"]

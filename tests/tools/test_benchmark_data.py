@@ -15,7 +15,7 @@ from tests.helpers import ROOT, python, write_image_folder
 from utils import UserError, seed_all
 
 # torchvision's decoders, one of the alternatives.
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")]
 
 PICO = str(ROOT / "configs/strip_mlp_pico_digits.yaml")
 ALONE = World(0, 0, 1, torch.device("cpu"))

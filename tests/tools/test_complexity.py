@@ -18,6 +18,8 @@ import models  # noqa: F401  (registers the variants with timm)
 from config import load_config
 from tests.helpers import ROOT, python
 
+pytestmark = pytest.mark.slow
+
 PEERS = sorted((ROOT / "configs/peers").glob("*.yaml"))
 LARGER = ("swin_small", "swin_base", "resnet101", "sparse_mlp_small", "sparse_mlp_base")  # of the same layers
 

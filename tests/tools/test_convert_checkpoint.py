@@ -16,6 +16,8 @@ from runtime.checkpoint import find_weights, read_checkpoint, save_checkpoint
 from tests.helpers import ROOT, python
 from tests.reference import fill
 
+pytestmark = pytest.mark.slow
+
 TOOL = "tools/convert_checkpoint.py"
 DATA = {
     name: json.loads((ROOT / f"tests/reference/{name}.json").read_text())

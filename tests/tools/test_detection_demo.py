@@ -24,6 +24,8 @@ from runtime.checkpoint import CheckpointError
 from tests.helpers import python
 from utils import UserError, run_entry_point
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("pycocotools")
 
 TOOL = "tools/detection_demo.py"

@@ -20,6 +20,8 @@ from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, trained_model
 from utils import run_entry_point
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -14,6 +14,8 @@ from PIL import Image
 
 from tests.helpers import load_tool
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "plot_metrics.py"
 
 

@@ -25,6 +25,8 @@ from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, write_image
 from utils import run_entry_point
 
+pytestmark = pytest.mark.slow
+
 DIGITS = str(ROOT / "configs/strip_mlp_pico_digits.yaml")
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))

@@ -466,6 +466,7 @@ def test_prepared_model(compiled, channels_last):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_compiled_once_for_training_and_once_for_evaluation():
     """Not again in later epochs, nor for the last batch of an evaluation, which is smaller; nor are there graph breaks,
     each of which would add a graph. What comes out is what the model gives without the compiler."""

@@ -52,7 +52,7 @@ from runtime.run_folder import LOCK, open_run_folder, run_path
 from tests.helpers import TINY, python
 from utils import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about files like these
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of libraries, about files like these
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -383,6 +383,7 @@ def test_grn_of_a_dead_channel():
 # The model against the released code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "num_params", "macs"),
     [
@@ -436,6 +437,7 @@ def test_eval(reference):
     assert torch.equal(model(images), outputs["logits"])
 
 
+@pytest.mark.slow
 def test_train(reference):
     images, labels = reference.batch(reference.data["train"]["batch"])
     model = reference.model().train()
@@ -691,6 +693,7 @@ def test_reparameterize_reference(small_reference):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reparameterize_copy(toy):
     """timm's function leaves the model alone; a second call changes nothing; the result can be exported."""

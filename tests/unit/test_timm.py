@@ -35,6 +35,7 @@ def test_all_are_registered():
         assert timm.get_pretrained_cfg(name).architecture == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_default_cfg(name):
     with torch.device("meta"):
@@ -128,6 +129,7 @@ def test_forward_intermediates(name):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_group_matcher(name, coarse):
@@ -166,6 +168,7 @@ def test_gradient_checkpointing():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
@@ -177,6 +180,7 @@ def test_trace(name):
     torch.testing.assert_close(traced(images(5)), model(images(5)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", SMALL)
 def test_export(name):
@@ -247,6 +251,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_torch_hub(tmp_path):
     """As a user somewhere else calls it."""
     model = timm.create_model("strip_mlp_pico", num_classes=4)
