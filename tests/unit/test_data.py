@@ -29,7 +29,7 @@ from data import (
     build_sources,
     build_train_loader,
 )
-from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
 from data.device import Normalize
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
 from data.transforms import RandomResizedCrop, build_transform
@@ -307,12 +307,13 @@ def test_zip(tmp_path):
         (b"a.png\t0\nb.png 1\n", ["line 2", "b.png 1"]),
         (b"a.png\tdog\n", ["line 1", "dog"]),
         (b"a.png\t-1\n", ["line 1", "-1"]),
+        (b"a.png\t" + b"9" * 5000 + b"\n", ["line 1"]),
         (b"\t0\n", ["line 1"]),
         (b"a.png\t0\ngone 2.png\t0\n", ["lacks gone 2.png"]),
         (b"", ["lists no images"]),
         ("bücher.png\t0\n".encode("latin-1"), []),
     ],
-    ids=["no-tab", "text-label", "negative", "no-path", "missing-member", "empty", "latin-1"],
+    ids=["no-tab", "text-label", "negative", "large", "no-path", "missing-member", "empty", "latin-1"],
 )
 def test_zip_listing_that_cannot_be_used(tmp_path, listing, parts):
     write_zip(tmp_path, "train", [("a.png", 0, png(1))])
@@ -377,6 +378,21 @@ def test_cache_gives_the_same_samples_without_reading_files_again(file_source, m
     delete()
     for sample, other in zip(samples(data), expected, strict=True):
         assert_same(sample, other)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("no", []), ("part", [1, 3, 5]), ("full", [0, 1, 2, 3, 4, 5])])
+def test_cached_share_of_one_process_of_two(file_source, mode, kept):
+    source, _ = file_source
+    read, reads = source.read, []
+    source.read = lambda index: reads.append(index) or read(index)
+    config = config_with(DATA__CACHE_MODE=mode, DATA__BATCH_SIZE=1, DATA__IMG_SIZE=32)
+    loader = build_train_loader(config, source, world(1, 2))
+    assert reads == kept
+    trained_on = torch.cat([batch.index for batch in loader]).tolist()
+    assert len(trained_on) == 3
+    if mode == "part":
+        assert sorted(trained_on) == kept
+    assert reads == (trained_on if mode == "no" else kept)
 
 
 # Samplers
@@ -543,6 +559,18 @@ def test_unreadable_image(tmp_path, content):
         assert sample[1:] == (source.targets[broken], broken, False)
 
 
+@pytest.mark.parametrize("broken", [MOST_REPLACEMENTS - 1, MOST_REPLACEMENTS])
+def test_many_unreadable_images_in_a_row(tmp_path, broken):
+    """Those after index 0, of more than are tried."""
+    files = {f"a/{i:03d}.png": png(i) if i >= broken else b"" for i in range(MOST_REPLACEMENTS + 5)}
+    data = dataset(FolderSource(write_folder(tmp_path, files)), is_train=True)
+    if broken < MOST_REPLACEMENTS:
+        assert data[0, 0].readable is False
+    else:
+        with pytest.raises(DataError, match=f"000.png and the {MOST_REPLACEMENTS - 1} files after it"):
+            data[0, 0]
+
+
 # Colour modes
 
 RGB = (200, 30, 60)
@@ -647,6 +675,31 @@ def test_crop_that_pytorch_resizes_is_pillows_but_for_rounding(monkeypatch, shap
             assert random.random() == following
             assert np.abs(difference).max() <= (2 if resizes else 0)
             assert abs(difference.mean()) < 0.2  # of 255 levels; PyTorch 2.6 rounds bilinear down by 0.1
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+@pytest.mark.parametrize("size", [32, 48])
+def test_flip(size, hflip):
+    array = np.zeros((60, 60, 3), np.uint8)
+    array[:, 30:] = 255
+    config = config_with(DATA__IMG_SIZE=size, **{**NO_AUGMENTATION, "AUG__HFLIP": hflip})
+    transform = build_transform(config, is_train=True)
+    for seed in range(20):
+        seed_all(seed)
+        found = transform(Image.fromarray(array))
+        assert found.shape == (3, size, size)
+        left, right = found[..., : size // 2].float().mean(), found[..., size // 2 :].float().mean()
+        assert left >= right if hflip else left <= right
+
+
+def test_small_images_are_shifted_in_training_not_cropped():
+    transform = build_transform(config_with(DATA__IMG_SIZE=32, **NO_AUGMENTATION), is_train=True)
+    array = pixels(0, 32, 32)
+    padded = np.pad(array, ((4, 4), (4, 4), (0, 0)))
+    windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+    seed_all(0)
+    shifts = {windows[as_array(transform(Image.fromarray(array))).tobytes()] for _ in range(60)}
+    assert len(shifts) > 20
 
 
 # On the device
@@ -782,6 +835,18 @@ def test_mixup(on):
     torch.testing.assert_close(targets[0], expected)
 
 
+@pytest.mark.parametrize(("switch", "cut"), [(0.0, False), (1.0, True)])
+def test_mixup_switch_and_probability(switch, cut):
+    before = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)])
+    values = {"DATA__BATCH_SIZE": 2, "AUG__MIXUP_SWITCH_PROB": switch}
+    mixup, never = (build_mixup(config_with(**values, AUG__MIXUP_PROB=prob), 5) for prob in (1.0, 0.0))
+    for seed in range(10):
+        seed_all(seed)
+        images, _ = mixup(before.clone(), torch.tensor([0, 1]))
+        assert (set(images.unique().tolist()) <= {0.0, 1.0}) == cut
+        assert torch.equal(never(before.clone(), torch.tensor([0, 1]))[0], before)
+
+
 # Randomness by position
 
 
@@ -794,3 +859,7 @@ def test_position_gives_all_three_generators_the_same_draws_again():
     assert draw(3, 1, 4) == draw(3, 1, 4)
     random.random(), np.random.rand(5), torch.rand(7)
     assert draw(3, 1, 4) == draw(3, 1, 4)
+    # Training draws from (seed), (seed, epoch, index) and (seed, epoch, batch, rank).
+    positions = [(0,), (1,), (0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0)]
+    for generator in zip(*[draw(*position) for position in positions], strict=True):
+        assert len(set(generator)) == len(positions)
