@@ -149,17 +149,6 @@ def test_more_processes_than_gpus(image_folder, tmp_path):
     assert "--device cpu" in one
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_missing_download(dataset, tmp_path):
-    # A proxy where nobody listens: no network.
-    config = f"configs/smlp_tiny_light_alpha3_patch4_224_{dataset}.yaml"
-    proxy = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    proxy |= {"no_proxy": "", "NO_PROXY": ""}
-    message = fails("main.py", "--cfg", config, "--data-path", tmp_path, "--output", tmp_path, **proxy)
-    assert "cannot be downloaded" in message
-    assert f"{dataset.replace('cifar', 'cifar-')}-python.tar.gz" in message
-
-
 def test_bad_config_on_every_launcher(image_folder, tmp_path):
     (tmp_path / "bad.yaml").write_text("TRAIN:\n  EPOCH: 3\n")
     message = fails("main.py", "--cfg", tmp_path / "bad.yaml", "--data-path", image_folder, status=2)

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -162,13 +161,6 @@ def test_failed_write_leaves_the_files_before(tmp_path, monkeypatch, function, f
 # Reading
 
 
-def zip_bytes() -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("a.txt", "no tensors")
-    return stream.getvalue()
-
-
 def state_bytes(**options) -> bytes:
     stream = io.BytesIO()
     torch.save({"model": {"weight": torch.arange(100.0)}}, stream, **options)
@@ -182,7 +174,6 @@ DAMAGED = {
     "web page": b"<!DOCTYPE html><html>not found</html>",
     "image": b"\x89PNG\r\n\x1a\n" + bytes(100),
     "zeros": bytes(5000),
-    "zip": zip_bytes(),
     **{f"first {n} bytes": state_bytes()[:n] for n in (10, 300, 1000)},
     **{f"first {n} bytes, legacy": state_bytes(_use_new_zipfile_serialization=False)[:n] for n in (10, 50, 120, 400)},
 }
@@ -343,28 +334,13 @@ def test_training_state_of_the_first_format(tmp_path):
     assert (found["progress"]["step"], found["progress"]["trained"]) == (0, False)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"patch_embed.weight": torch.zeros(1)},
-        {"model": {}, "optimizer": {}, "lr_scheduler": {}, "epoch": 3},
-        {"format": FORMAT, "model": {}},
-    ],
-    ids=["weights", "released", "no-optimizer"],
-)
+RELEASED = {"model": {}, "optimizer": {}, "lr_scheduler": {}, "epoch": 3}
+
+
+@pytest.mark.parametrize("content", [{"patch_embed.weight": torch.zeros(1)}, RELEASED, {"format": FORMAT, "model": {}}])
 def test_file_without_a_training_state(tmp_path, content):
     path = save(tmp_path / "a.pth", content)
     with pytest.raises(CheckpointError) as error:
         read_training_state(path)
     for part in (str(path), "no training state", "--pretrained", "main_eval.py", next(iter(content))):
-        assert part in str(error.value)
-
-
-@pytest.mark.parametrize("other", [FORMAT + 1, 0, "1", None, "x" * 1000])
-def test_unknown_format(tmp_path, other):
-    path = save(tmp_path / "a.pth", {"format": other, "model": {}, "optimizer": {}})
-    with pytest.raises(CheckpointError) as error:
-        read_training_state(path)
-    assert len(str(error.value)) < 300
-    for part in (str(path), str(other)[:80], f"reads formats 1 to {FORMAT}"):
         assert part in str(error.value)

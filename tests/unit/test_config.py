@@ -230,20 +230,6 @@ def test_base_in_a_circle(write, base):
     assert base in message
 
 
-def test_key_that_is_there_twice(write):
-    message = refused(write(run="TRAIN:\n  EPOCHS: 40\nSEED: 1\nTRAIN:\n  BASE_LR: 0.1\n"))
-    for part in ("run.yaml", "TRAIN", "twice"):
-        assert part in message
-
-
-@pytest.mark.parametrize("base", ["3", "{a: b}", "[3]"])
-def test_base_of_a_wrong_type(write, base):
-    path = write(run=f"BASE: {base}")
-    message = refused(path)
-    assert str(path) in message
-    assert "BASE" in message
-
-
 # What may not be read
 
 
@@ -265,22 +251,18 @@ def test_yaml_with_python_tags_is_refused_and_not_run(tmp_path, write, tag):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["DATA: [", "DATA:\n\tIMG_SIZE: 3", "a: b: c", "TAG: \0", "TAG: 2024-13-01", "SEED: !!int x"],
-    ids=["open", "tab", "colons", "nul", "no-date", "no-int"],
-)
-def test_damaged_yaml(write, text):
-    path = write(run=text)
-    assert str(path) in refused(path)
+DAMAGED = ["DATA: [", "DATA:\n\tIMG_SIZE: 3", "a: b: c", "TAG: \0", "TAG: 2024-13-01", "SEED: !!int x"]
+DAMAGED += ["SEED: !!bool x", "TRAIN:\n  EPOCHS: 40\nSEED: 1\nTRAIN:\n  BASE_LR: 0.1"]  # the last: a key twice
+NO_MAPPING = ["- SEED", "SEED", "3"]
+NO_BASE = ["BASE: 3", "BASE: {a: b}", "BASE: [3]"]
 
 
-@pytest.mark.parametrize("text", ["- SEED", "SEED", "3"])
-def test_yaml_that_is_no_mapping(write, text):
+@pytest.mark.parametrize("text", [*DAMAGED, *NO_MAPPING, *NO_BASE])
+def test_yaml_that_is_no_config(write, text):
     path = write(run=text)
+    said = "not valid YAML" if text in DAMAGED else "a mapping of config keys" if text in NO_MAPPING else "BASE is "
     message = refused(path)
-    assert str(path) in message
-    assert "mapping" in message
+    assert message.startswith(f"{path}: ") and said in message
 
 
 # Keys

@@ -41,6 +41,7 @@ from logger import create_logger
 from optimizer import build_optimizer
 from runtime import untrusted
 from runtime.checkpoint import (
+    FORMAT,
     CheckpointError,
     DamagedCheckpointError,
     load_weights,
@@ -60,21 +61,14 @@ ALONE = World(0, 0, 1, CPU)
 
 # Nothing of hypothesis in the working folder.
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
-SAME_ALWAYS = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=200,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
-
-
 # For a longer search: HOSTILE_EXAMPLES=20 bash tools/run_tests.sh -k hostile
 MORE = float(os.environ.get("HOSTILE_EXAMPLES", 0.2))
 
 
 def examples(count: int) -> settings:
-    return settings(SAME_ALWAYS, max_examples=max(10, round(MORE * count)))
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+    count = max(10, round(MORE * count))
+    return settings(derandomize=True, deadline=None, database=None, max_examples=count, suppress_health_check=checks)
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +133,6 @@ class Tiny(nn.Sequential):
         return self[2]
 
 
-class Notes(logging.Logger):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        super().__init__("notes")
-        self.lines: list[str] = []
-
-    def handle(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 IMAGES, STEPS = 40, 10
 KINDS = {"adamw": None, "sgd": None, "adamw float16": torch.float16}
 
@@ -191,7 +174,7 @@ def trained(kind: str) -> dict:
 
 def resume(path: Path, kind: str) -> TrainingState:
     """What main.py does with a checkpoint of a run, up to the next step and the next checkpoint."""
-    config, amp, log = config_of(kind), KINDS[kind], Notes()
+    config, amp, log = config_of(kind), KINDS[kind], logging.getLogger("hostile")
     content = read_training_state(path)
     model = Tiny()
     load_weights(model, content, path)
@@ -465,28 +448,6 @@ def test_archive_with_no_list_of_contents_or_two(tmp_path, pickles):
     assert_clear(error.value)
 
 
-@pytest.mark.parametrize("size", [0, 1, 2**20, 2**32 - 2, 2**32 - 1])
-@pytest.mark.parametrize("fields", [(0, 4), (0,), (4,)], ids=["both", "stored", "real"])
-def test_sizes_in_the_directory_that_are_not_so(tmp_path, fields, size):
-    """Of each entry in turn, in the directory at the end and in the header before the entry."""
-    content = encoded()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        headers = [entry.header_offset for entry in archive.infolist()]
-    directory = [match.start() for match in re.finditer(rb"PK\x01\x02", content)]
-    for in_directory, in_header in zip(directory, headers, strict=True):
-        wrong = bytearray(content)
-        for offset in fields:
-            struct.pack_into("<I", wrong, in_directory + 20 + offset, size)
-            struct.pack_into("<I", wrong, in_header + 18 + offset, size)
-        with little(5, megabytes=100):
-            try:
-                found = read_checkpoint(write(tmp_path / "a.pth", bytes(wrong)))
-            except CheckpointError as error:
-                assert_clear(error)
-            else:
-                assert same(found, plain_copy(trained("adamw")))
-
-
 def test_limits_hold_whatever_the_case_of_the_name(tmp_path, monkeypatch):
     """PyTorch's reader finds DATA.PKL where it looks for data.pkl."""
     monkeypatch.setattr(untrusted, "MOST_PICKLE_BYTES", len(PICKLE) - 1)
@@ -614,18 +575,11 @@ def odd_tensors(shape: tuple) -> dict[str, torch.Tensor]:
     return tensors
 
 
-SHAPES = [(), (1,), (4,), (2,), (4, 3), (2, 4), (1, 2), (1, 9), (1, 0)]
-ODD = {shape: odd_tensors(shape) for shape in SHAPES}
-
-
 class Disguised:
     """Saved as an OrderedDict of its own with attributes that hide its methods."""
 
     def __init__(self, content: dict, **attributes):
         self.content, self.attributes = content, attributes
-
-    def __repr__(self) -> str:
-        return f"Disguised({self.content}, **{self.attributes})"
 
     def __reduce__(self):
         return collections.OrderedDict, (), self.attributes, None, iter(self.content.items())
@@ -660,19 +614,17 @@ REFUSED = {
     "format of several numbers": ({("format",): torch.zeros(3)}, "format a Tensor"),
     "no statistics, not even none": ({("progress", "buffers"): GONE}, "no buffers"),
     "format as a bool": ({("format",): True}, "format True"),
+    "format that is newer": ({("format",): FORMAT + 1}, f"format {FORMAT + 1}; .* reads formats 1 to {FORMAT}"),
+    "format without end": ({("format",): "x" * 10_000}, "format xxx"),
     "weight too large": ({("model", "0.weight"): large(4, 3)}, "finite numbers: 0.weight"),
     "weight nan": ({("model", "2.bias"): torch.tensor([1, float("nan")])}, "finite numbers: 2.bias"),
-    "weight inf": ({("model", "1.running_var"): torch.full((4,), float("inf"))}, "finite numbers: 1.running_var"),
     "weight of no dimensions": ({("model", "2.weight"): torch.ones(())}, r"other shape: 2.weight \(\), not \(2, 4\)"),
     "other inputs": ({("model", "2.weight"): torch.ones(2, 5)}, r"other shape: 2.weight \(2, 5\), not \(2, 4\)"),
-    "bits": ({("model", "0.bias"): ODD[(4,)]["bits"]}, "no plain numbers: 0.bias"),
-    "moments gone": ({(*MOMENT, "exp_avg"): GONE}, "exp_avg of parameter 0"),
-    "moments a number": ({(*MOMENT, "exp_avg"): 0.5}, "exp_avg of parameter 0"),
+    "bits": ({("model", "0.bias"): odd_tensors((4,))["bits"]}, "no plain numbers: 0.bias"),
     "moments one number": ({(*MOMENT, "exp_avg"): torch.zeros(())}, "exp_avg of parameter 0"),
     "moments in one place": ({(*MOMENT, "exp_avg"): torch.zeros(()).expand(4, 3)}, "exp_avg of parameter 0"),
     "moments too large": ({(*MOMENT, "exp_avg"): large(4, 3)}, "exp_avg of parameter 0"),
     "negative squares": ({(*MOMENT, "exp_avg_sq"): -torch.ones(4, 3)}, "exp_avg_sq of parameter 0"),
-    "steps gone": ({(*MOMENT, "step"): GONE}, "number of steps of parameter 0"),
     "steps before the first": ({(*MOMENT, "step"): -1}, "number of steps of parameter 0"),
     "too many steps": ({(*MOMENT, "step"): 10**600}, "number of steps of parameter 0"),
     "parameters as tensors": ({("optimizer", "param_groups", 0, "params"): [torch.zeros(2)] * 2}, "not numbered"),
@@ -695,7 +647,6 @@ REFUSED = {
     "unreadable of no shape": ({("progress", "unreadable"): torch.zeros(2, 2).long()}, "no unreadable"),
     "best too large": ({("best", "top1"): 10**600}, "best is not"),
     "config of tensors": ({("config", "SEED"): torch.zeros(3)}, "no plain value of SEED"),
-    "config of lists": ({("config", "SEED"): [[1]]}, "no plain value of SEED"),
     "losses in one place": ({("progress", "losses"): ENDLESS64.expand(1, 2, 10**15)[..., 0]}, "no losses"),
     "processes without end": (
         {
@@ -709,7 +660,6 @@ REFUSED = {
     "statistics too large": ({("progress", "buffers"): large(1, 9)}, "statistics 1.running"),
     "negative count": ({("progress", "unreadable"): torch.tensor([-1])}, "negative number of unreadable"),
     "loss scale 0": ({("scaler", "scale"): 0}, "loss scaler"),
-    "loss scale too large": ({("scaler", "scale"): 10**600}, "loss scaler"),
     "loss scale count too large": ({("scaler", "_growth_tracker"): 2**40}, "loss scaler"),
     "loss scale interval no whole number": ({("scaler", "growth_interval"): 0.5}, "loss scaler"),
 }
@@ -801,10 +751,8 @@ def laughs(levels: int, kind: str) -> str:
 YAML_BOMBS = {
     **{f"aliases of {kind}": laughs(60, kind) for kind in ("lists", "mappings", "merges")},
     "aliases in a value": "SEED: [&a0 [0], " + ", ".join(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)) + "]",
-    "wide aliases": "a: &a [" + "x, " * 1000 + "x]\nb: &b [" + "*a, " * 1000 + "*a]\nc: [" + "*b, " * 1000 + "*b]",
     "contains itself": "a: &a [*a]",
     "contains itself as a key": "? &a [*a]\n: 1",
-    "contains itself further down": "DATA: &a {BATCH_SIZE: {x: [1, *a]}}",
     "deep lists": "a: " + "[" * 50_000,
     "deep mappings": "{a: " * 3000 + "}" * 3000,
     "deep blocks": "- " * 5000 + "1",
@@ -813,10 +761,8 @@ YAML_BOMBS = {
     "long key": "? " + "x" * 100_000 + "\n: 1",
     "long value": "SEED: " + "x" * 100_000,
     "long list": "MODEL: {STRIP_MLP: {LAYERS: [" + "1, " * 30_000 + "1]}}",
-    "long tag": "SEED: !!" + "x" * 100_000 + " 1",
     "long number": "SEED: 0x" + "f" * 100_000,
     "too large": "#" * 200_000,
-    "much too large": "a: [" + "1, " * 500_000 + "1]",
 }
 
 
@@ -845,7 +791,6 @@ BASES = {
     "itself": "a.yaml",
     "itself through a link": "link.yaml",
     "system file": "/etc/passwd",
-    "system file, relative": "../" * 30 + "etc/passwd",
     "folder": ".",
     "folder with the ending": "folder.yaml",
     "python": "a.py",
@@ -860,7 +805,6 @@ BASES = {
     "surrogate": '"\\ud800.yaml"',
     "line feed": '"a\\nb.yaml"',
     "long": "x" * 5000 + ".yaml",
-    "long path": "x/" * 5000 + "y.yaml",
     "home": "~/.yaml",
 }
 

@@ -98,14 +98,8 @@ def test_adamw():
     model = nn.Linear(1, 1)
     optimizer = build_optimizer(config, model, lr=0.01)
     assert isinstance(optimizer, torch.optim.AdamW)
-    decay, no_decay = optimizer.param_groups
-    assert (decay["lr"], decay["betas"], decay["eps"], decay["weight_decay"]) == (0.01, (0.8, 0.95), 0.1, 0.2)
-    assert (no_decay["lr"], no_decay["betas"], no_decay["eps"], no_decay["weight_decay"]) == (
-        0.01,
-        (0.8, 0.95),
-        0.1,
-        0.0,
-    )
+    for group, decay in zip(optimizer.param_groups, (0.2, 0.0), strict=True):
+        assert [group[key] for key in ("lr", "betas", "eps", "weight_decay")] == [0.01, (0.8, 0.95), 0.1, decay]
     # AdamW's first step is lr * gradient / (|gradient| + eps).
     weight, bias = first_step(optimizer, model)
     assert weight == pytest.approx(1 - 0.01 * 0.2 - 0.01 * 0.5 / 0.6)
