@@ -436,6 +436,34 @@ def test_compressed_checkpoint(tmp_path):
         read_checkpoint(path)
 
 
+SIZES = [0, 1, 2**20, 2**31 - 1, 2**32 - 2, 2**32 - 1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("field", ["both", "stored", "real"])
+def test_sizes_in_the_directory_that_are_not_so(tmp_path, field, size):
+    """Of each entry in turn, in the directory at the end and in the header before the entry."""
+    content = encoded()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        headers = [entry.header_offset for entry in archive.infolist()]
+    directory = [match.start() for match in re.finditer(rb"PK\x01\x02", content)]
+    assert len(headers) == len(directory)
+    for in_directory, in_header in zip(directory, headers, strict=True):
+        wrong = bytearray(content)
+        for offset, wanted in ((0, ("both", "stored")), (4, ("both", "real"))):
+            if field in wanted:
+                wrong[in_directory + 20 + offset :][:4] = b""
+                struct.pack_into("<I", wrong, in_directory + 20 + offset, size)
+                struct.pack_into("<I", wrong, in_header + 18 + offset, size)
+        with little(5, megabytes=100):
+            try:
+                found = read_checkpoint(write(tmp_path / "a.pth", bytes(wrong)))
+            except CheckpointError as error:
+                assert_clear(error)
+            else:
+                assert same(found, plain_copy(trained("adamw")))
+
+
 @pytest.mark.parametrize("pickles", [[], ["archive/data.pkl"] * 2, ["archive/data.pkl", "archive/DATA.PKL"]])
 def test_archive_with_no_list_of_contents_or_two(tmp_path, pickles):
     path = tmp_path / "a.pth"
