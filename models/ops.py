@@ -30,10 +30,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
         x: (N, C, H, W).
         weight: (C_out, C), or (C_out, C, 1, 1) as convolutions store it.
         bias: (C_out,).
-        form: "linear", the default on GPUs, or "conv", the default elsewhere: on x86 processors oneDNN's convolutions
-            are about twice as fast as the matrix products of PyTorch's builds unless the processor is Intel's.
+        form: "linear", the default on GPUs and for maps of at most 16 tokens, where convolutions have a high fixed cost;
+            or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as fast as the
+            matrix products of PyTorch's builds unless the processor is Intel's.
     """
-    if (form or ("linear" if on_gpu(x) else "conv")) == "linear":
+    if (form or ("linear" if on_gpu(x) or x.shape[-2] * x.shape[-1] <= 16 else "conv")) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
 
@@ -53,6 +54,32 @@ class PointwiseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return pointwise(x, self.weight, self.bias)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution with zeros around the map, kernel of odd sides. Shape: (N, dim, H, W) -> (N, dim, H, W).
+
+    On a map of L tokens a side, the kernel's entries further than L - 1 from its centre meet nothing but zeros, so they
+    are left out: small maps, the last stages of small images, take a tenth of the time.
+    """
+
+    def __init__(self, dim: int, kernel_size: int | tuple[int, int]):
+        super().__init__(dim, dim, kernel_size, padding="same", groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = reachable(reachable(self.weight, -2, x.shape[-2]), -1, x.shape[-1])
+        padding = weight.shape[-2] // 2, weight.shape[-1] // 2
+        if padding == (0, 0):  # a product per channel
+            return x * weight.flatten()[:, None, None].to(x.dtype)
+        return F.conv2d(x, weight, padding=padding, groups=self.groups)
+
+
+def reachable(weight: Tensor, axis: int, length: int) -> Tensor:
+    """The entries of an odd kernel along an axis that meet tokens on a map of `length` tokens: those at most
+    length - 1 from its centre."""
+    reach = weight.shape[axis] // 2
+    kept = min(reach, length - 1)
+    return weight.narrow(axis, reach - kept, 2 * kept + 1) if kept < reach else weight
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -78,7 +105,7 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-def gelu_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def gelu_conv(x: Tensor, conv: DepthwiseConv) -> Tensor:
     """conv(GELU(x)); GELU(x) is recomputed in the backward pass (see `recompute`)."""
     return recompute(lambda y: conv(F.gelu(y)), x)
 
@@ -103,9 +130,13 @@ def mix_strips(x: Tensor, weight: Tensor, bias: Tensor, axis: str, q: int, form:
         axis: "row" or "column".
         q: channels of a patch.
         form: "matmul", one matrix product per patch, the default on GPUs, which are slow at convolutions of many small
-            groups; or "conv", a convolution with one group per patch, the default elsewhere.
+            groups, and for at most 4 tokens, which oneDNN is slow at; or "conv", a convolution with one group per patch,
+            the default elsewhere.
     """
-    mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[form or ("matmul" if on_gpu(x) else "conv")]
+    mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[
+        form or ("matmul" if on_gpu(x) or bias.shape[1] <= 4 else "conv")
+    ]
+    weight = reachable(weight, -1, x.shape[-2 if axis == "row" else -1])
     if not torch.compiler.is_compiling():  # it chooses the layout of gradients itself
         x = ChannelsLastGradient.apply(x)
     x = x.unflatten(1, (q, -1))  # (N, q, P, H, W)

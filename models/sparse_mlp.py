@@ -15,6 +15,7 @@ from timm.layers import ClassifierHead, DropPath, Mlp
 from torch import Tensor, nn
 
 from .backbone import Backbone, merge
+from .ops import DepthwiseConv
 from .resample import MapSized
 
 
@@ -58,7 +59,7 @@ class TokenMixing(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int]):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(dim)
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.dwconv = DepthwiseConv(dim, kernel_size=3)
         self.norm2 = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
         self.mix_w = TokenLinear("row", size)

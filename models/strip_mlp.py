@@ -178,8 +178,8 @@ class LSMM(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv_h = nn.Conv2d(dim, dim, kernel_size=(3, 7), padding=(1, 3), groups=dim, bias=False)
-        self.conv_w = nn.Conv2d(dim, dim, kernel_size=(7, 3), padding=(3, 1), groups=dim, bias=False)
+        self.conv_h = ops.DepthwiseConv(dim, kernel_size=(3, 7))
+        self.conv_w = ops.DepthwiseConv(dim, kernel_size=(7, 3))
         self.reweight = Mlp(dim, dim // 2, 3 * dim, act_layer=nn.GELU, use_conv=True)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class StripMixingBlock(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int], options: StripMixingOptions):
         super().__init__()
         self.norm = nn.BatchNorm2d(dim)
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
+        self.dwconv = ops.DepthwiseConv(dim, kernel_size=3)
         self.proj = ops.PointwiseConv(dim, dim)
         self.proj_norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
@@ -257,7 +257,7 @@ class ChannelMixingBlock(nn.Module):
 
     def __init__(self, dim: int, alpha: float, grn: bool):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim, bias=False)
+        self.dwconv = ops.DepthwiseConv(dim, kernel_size=7)
         self.norm = ops.LayerNorm2d(dim)
         self.mlp = ChannelMlp(dim, int(alpha * dim), grn)
 
