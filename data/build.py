@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.memory import InMemoryDataset, collated, fits_in_memory
 from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, main_process_first
@@ -135,7 +136,7 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
     """
     sharded = config.DATA.CACHE_MODE == "part"
     _fill_cache(config, source, world)
-    dataset = ClassificationDataset(source, build_transform(config, True), image_size(config), config.SEED, True)
+    dataset = _dataset(config, source, is_train=True)
     sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
     if len(sampler) < config.DATA.BATCH_SIZE:
         raise DataError(
@@ -149,12 +150,20 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
 def build_eval_loader(config, source: Source, world: World) -> DataLoader:
     """Batches of `Sample` that together hold every image exactly once over all processes."""
     _fill_cache(config, source, world)
-    dataset = ClassificationDataset(source, build_transform(config, False), image_size(config))
+    dataset = _dataset(config, source, is_train=False)
     return _loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world, drop_last=False)
 
 
+def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | ClassificationDataset:
+    transform = build_transform(config, is_train)  # also checks the config
+    if fits_in_memory(config, source, is_train):
+        return InMemoryDataset(config, source, is_train)
+    return ClassificationDataset(source, transform, image_size(config), config.SEED, is_train)
+
+
 def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoader:
-    workers = config.DATA.NUM_WORKERS
+    in_memory = isinstance(dataset, InMemoryDataset)
+    workers = 0 if in_memory else config.DATA.NUM_WORKERS  # a batch takes less than its way between two processes
     if workers < 0:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -165,6 +174,7 @@ def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoad
         sampler=sampler,
         drop_last=drop_last,
         num_workers=workers,
+        collate_fn=collated if in_memory else None,
         pin_memory=config.DATA.PIN_MEMORY and world.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,

@@ -37,11 +37,13 @@ class Source(ABC):
         classes: class names, in label order.
         targets: label of each sample, an index into `classes`.
         has_names: False if the data does not name its classes, so that `classes` are numbers.
+        images: all of them, (N, H, W) grey or (N, H, W, 3) RGB, uint8, if they are in memory anyway and of one size.
     """
 
     classes: list[str]
     targets: list[int]
     has_names = True
+    images: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -179,13 +181,13 @@ class ArraySource(Source):
     """Images in memory, uint8, (N, H, W) grey or (N, H, W, 3) RGB."""
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], title: str):
-        self._images = images
+        self.images = images
         self._title = title
         self.targets = [int(target) for target in targets]
         self.classes = list(classes)
 
     def load(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index]).convert("RGB")
+        return Image.fromarray(self.images[index]).convert("RGB")
 
     def name(self, index: int) -> str:
         return f"{self._title} image {index}"
@@ -207,6 +209,7 @@ class SubsetSource(Source):
         self._source, self._indices = source, list(indices)
         self.classes, self.has_names = list(classes), source.has_names
         self.targets = [label[source.targets[index]] for index in self._indices]
+        self.images = None if source.images is None else source.images[self._indices]
 
     def load(self, index: int) -> Image.Image:
         return self._source.load(self._indices[index])

@@ -53,8 +53,7 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
     size = height, width = image_size(config)
     small = max(size) <= SMALL_IMAGE
-    # PIL resizes with one method at a time; "random" is a training option of timm's.
-    interpolation = "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
+    interpolation = whole_image_interpolation(config)
     whole = str_to_interp_mode(interpolation)
     if is_train:
         try:
@@ -91,6 +90,12 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
             smallest = ResizeKeepRatio(cover, interpolation=interpolation)
         resize = [smallest, transforms.CenterCrop(size)]
     return transforms.Compose([*resize, transforms.PILToTensor()])
+
+
+def whole_image_interpolation(config) -> str:
+    """How images are resized as a whole. PIL resizes with one method at a time; "random" is a training option of
+    timm's crop."""
+    return "bicubic" if config.DATA.INTERPOLATION == "random" else config.DATA.INTERPOLATION
 
 
 def build_mixup(config, num_classes: int) -> Mixup | None:

@@ -1,0 +1,98 @@
+"""Small images in memory, transformed a batch at a time: decoding, resizing and a call per image would take longer than
+a small model's training step."""
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import Resize
+
+from config import image_size
+from data.dataset import Sample
+from data.sources import Source, class_names
+from data.transforms import SMALL_IMAGE, whole_image_interpolation
+
+
+def fits_in_memory(config, source: Source, is_train: bool) -> bool:
+    """Whether `InMemoryDataset` can take the source's place: its images are in memory, IMG_SIZE is at most 32, and
+    training draws nothing per image but shift and flip."""
+    per_image = is_train and (config.AUG.AUTO_AUGMENT not in ("none", "") or config.AUG.COLOR_JITTER)
+    return source.images is not None and max(image_size(config)) <= SMALL_IMAGE and not per_image
+
+
+class InMemoryDataset(Dataset):
+    """All images of a source, resized once, as one tensor. Gives whole batches: `__getitems__` is what PyTorch's loader
+    calls if a data set has it.
+
+    In training, images are shifted by up to an eighth of their size, with black at the border, and flipped, as in
+    `build_transform`. What is drawn for a sample depends on (seed, epoch, index) alone.
+
+    Attributes:
+        images: (N, 1 or 3, H, W) uint8.
+    """
+
+    def __init__(self, config, source: Source, is_train: bool):
+        self.source, self.is_train = source, is_train
+        self.seed, self.hflip = config.SEED, config.AUG.HFLIP
+        self.images = resize(source.images, image_size(config), whole_image_interpolation(config))
+        self.targets = torch.tensor(source.targets)
+        self._drawn_for = -1  # epoch
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in label order, printable; empty if the data has none."""
+        return class_names(self.source)
+
+    def name(self, index: int) -> str:
+        """Where to find sample `index`."""
+        return self.source.name(index)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return Sample(*(values[0] for values in self.__getitems__([key])))
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> Sample:
+        """A batch of samples with the keys (epoch, index), all of one epoch."""
+        indices = torch.tensor([index for _, index in keys])
+        images = self.images[indices]
+        if self.is_train:
+            images = self._augment(images, keys[0][0], indices)
+        images = images.expand(-1, 3, -1, -1).contiguous()
+        return Sample(images, self.targets[indices], indices, torch.ones(len(keys), dtype=torch.bool))
+
+    def _augment(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        most = height // 8, width // 8
+        if self._drawn_for != epoch:
+            draw = np.random.default_rng((self.seed, epoch, 1))  # the order of the samples is drawn from (seed, epoch)
+            count = len(self)
+            self._shifts = [torch.from_numpy(draw.integers(-m, m, count, endpoint=True)) for m in most]
+            self._flips = torch.from_numpy(draw.random(count) < self.hflip)
+            self._drawn_for = epoch
+        (down, right), flip = (shift[indices] for shift in self._shifts), self._flips[indices]
+        rows = torch.arange(height) + down[:, None]  # (N, H), of the padded image less its border
+        columns = torch.arange(width) + right[:, None]
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        padded = torch.nn.functional.pad(images, (most[1], most[1], most[0], most[0]))
+        first = torch.arange(len(images))[:, None, None]
+        # Indexed as (N, H, W, C), so that the channels stay together.
+        moved = padded.permute(0, 2, 3, 1)[first, (rows + most[0])[:, :, None], (columns + most[1])[:, None, :]]
+        return moved.permute(0, 3, 1, 2)
+
+
+def resize(images: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Images (N, H, W) or (N, H, W, 3) as (N, 1 or 3, *size), by Pillow, as the other data sets."""
+    if images.shape[1:3] != size:
+        method = Resize(size, interpolation=str_to_interp_mode(interpolation))
+        images = np.stack([np.asarray(method(Image.fromarray(image))) for image in images])
+    tensor = torch.from_numpy(images)
+    return tensor[:, None] if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
+
+
+def collated(batch: Sample) -> Sample:
+    """What `InMemoryDataset` gives is a batch already."""
+    return batch
