@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -157,8 +158,9 @@ def _file_names(config, is_train: bool) -> tuple[str, str]:
 
 def _find(folder: Path, names: list[str] | tuple[str, ...]) -> dict[str, Path]:
     """The files that are there, by their names without .gz."""
-    # Last: the unpacked one, which is faster.
-    return {name: path for name in names for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
+    paths = {name: (folder / name, folder / f"{name}.gz") for name in names}
+    there = {name: [path for path in both if os.path.isfile(path)] for name, both in paths.items()}
+    return {name: found[0] for name, found in there.items() if found}
 
 
 def _show(path: Path) -> str:
