@@ -76,14 +76,24 @@ def key(name: str, default: Any, limit: Limit | None = None) -> None:
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 # imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate;
-# CIFAR10, CIFAR100: downloaded on first use; 101_ObjectCategories: made by tools/categories101_train_val_split.py;
-# digits: 1,797 handwritten digits that come with scikit-learn.
+# CIFAR10, CIFAR100: downloaded on first use; FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
+# they are not there; 101_ObjectCategories: made by tools/categories101_train_val_split.py; digits: 1,797 handwritten
+# digits that come with scikit-learn.
 key(
     "DATA.DATASET",
     "imagenet",
-    one_of("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "101_ObjectCategories", "digits"),
+    one_of(
+        *("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "KMNIST", "EMNIST"),
+        *("101_ObjectCategories", "digits"),
+    ),
 )
 key("DATA.DATA_PATH", "", PATH)
+# EMNIST only: which of its data sets
+key("DATA.EMNIST_SPLIT", "balanced", one_of("byclass", "bymerge", "balanced", "letters", "digits", "mnist"))
+# More than 0: validation is this fraction of each class of the training images, drawn with VAL_SEED alone, and training
+# is the rest; the data's own validation (or test) images are not read.
+key("DATA.VAL_FRACTION", 0.0, LESS_THAN_1)
+key("DATA.VAL_SEED", 0, at_least(0))
 # Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
 key("DATA.BATCH_SIZE", 128, at_least(1))
 # Pixels, or [height, width]
@@ -92,7 +102,7 @@ key("DATA.IMG_SIZE", 224, (lambda value: min(_pair(value)) >= 1, "1 or more, or 
 key("DATA.INTERPOLATION", "bicubic", one_of("bicubic", "bilinear", "nearest", "random"))
 # Classes to use: all, names separated by commas, or a .txt file with a name per line
 key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"))
-# Training images to use of each class, drawn with SEED; 0: all
+# Training images to use of each class, drawn with SEED (of those that VAL_FRACTION leaves); 0: all
 key("DATA.IMAGES_PER_CLASS", 0, at_least(0))
 # Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
 key("DATA.ZIP_MODE", False)

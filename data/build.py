@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, fits_in_memory
 from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
@@ -34,21 +35,12 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     Raises:
         DataError: the data is missing, empty, cannot be downloaded, or training and validation have different classes.
     """
-    name = config.DATA.DATASET
-    if name == "digits":
-        splits = digit_sources()
-    elif name in ("CIFAR10", "CIFAR100"):
-        with main_process_first(world):
-            splits = {is_train: _cifar(config, is_train) for is_train in (True, False)}
-    elif config.DATA.ZIP_MODE:
-        root = _root(config)
-        splits = {
-            is_train: ZipSource(root / f"{split}.zip", root / f"{split}_map.txt")
-            for is_train, split, wanted in ((True, "train", train), (False, "val", val))
-            if wanted
-        }
+    fraction = config.DATA.VAL_FRACTION
+    if fraction:
+        # The data's own validation images are not even looked for.
+        splits = hold_out(_splits(config, world, True, False)[True], fraction, config.DATA.VAL_SEED)
     else:
-        splits = _folders(config, train, val)
+        splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
     if train and val:
         _check_same_classes(config, sources.train.classes, sources.val.classes)
@@ -56,6 +48,56 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         sources.train and select(sources.train, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS, config.SEED),
         sources.val and select(sources.val, config.DATA.CLASSES),
     )
+
+
+def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
+    """The data set's own splits, at least those asked for; True: training."""
+    name = config.DATA.DATASET
+    wanted = [is_train for is_train, asked in ((True, train), (False, val)) if asked]
+    if name == "digits":
+        return digit_sources()
+    if name in IDX_DATASETS:
+        return idx_sources(config, world, train, val)
+    if name in ("CIFAR10", "CIFAR100"):
+        with main_process_first(world):
+            return {is_train: _cifar(config, is_train) for is_train in wanted}
+    if config.DATA.ZIP_MODE:
+        root = _root(config)
+        names = {True: "train", False: "val"}
+        return {
+            is_train: ZipSource(root / f"{names[is_train]}.zip", root / f"{names[is_train]}_map.txt")
+            for is_train in wanted
+        }
+    return _folders(config, train, val)
+
+
+def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
+    """A source in two parts of the same classes. True: for training; False: held out, for validation.
+
+    Args:
+        fraction: of each class to hold out (`DATA.VAL_FRACTION`), rounded to the nearest count; at least one sample and
+            never all.
+        seed: with which they are drawn (`DATA.VAL_SEED`).
+
+    Raises:
+        DataError: a class of a single sample.
+    """
+    targets = np.array(source.targets)
+    held = np.zeros(len(source), bool)
+    for label, name in enumerate(source.classes):
+        indices = np.flatnonzero(targets == label)
+        if len(indices) == 1:
+            raise DataError(
+                f"DATA.VAL_FRACTION is {fraction}, but the training data has 1 of {printable(name)}; "
+                "accepted: 2 of each class or more, one of them for validation"
+            )
+        count = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
+        if len(indices):  # EMNIST's letters have a class without images
+            held[np.random.default_rng((seed, label)).permutation(indices)[:count]] = True
+    return {
+        True: SubsetSource(source, np.flatnonzero(~held).tolist(), source.classes),
+        False: SubsetSource(source, np.flatnonzero(held).tolist(), source.classes),
+    }
 
 
 def select(source: Source, classes: str, per_class: int = 0, seed: int = 0) -> Source:

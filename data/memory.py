@@ -89,7 +89,7 @@ def resize(images: np.ndarray, size: tuple[int, int], interpolation: str) -> Ten
     if images.shape[1:3] != size:
         method = Resize(size, interpolation=str_to_interp_mode(interpolation))
         images = np.stack([np.asarray(method(Image.fromarray(image))) for image in images])
-    tensor = torch.from_numpy(images)
+    tensor = torch.tensor(images)
     return tensor[:, None] if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
 

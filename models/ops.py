@@ -30,9 +30,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
         x: (N, C, H, W).
         weight: (C_out, C), or (C_out, C, 1, 1) as convolutions store it.
         bias: (C_out,).
-        form: "linear", the default on GPUs and for maps of at most 16 tokens, where convolutions have a high fixed cost;
-            or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as fast as the
-            matrix products of PyTorch's builds unless the processor is Intel's.
+        form: "linear", the default on GPUs and for maps of at most 16 tokens, where convolutions have a high fixed
+            cost; or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as fast as
+            the matrix products of PyTorch's builds unless the processor is Intel's.
     """
     if (form or ("linear" if on_gpu(x) or x.shape[-2] * x.shape[-1] <= 16 else "conv")) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
@@ -130,8 +130,8 @@ def mix_strips(x: Tensor, weight: Tensor, bias: Tensor, axis: str, q: int, form:
         axis: "row" or "column".
         q: channels of a patch.
         form: "matmul", one matrix product per patch, the default on GPUs, which are slow at convolutions of many small
-            groups, and for at most 4 tokens, which oneDNN is slow at; or "conv", a convolution with one group per patch,
-            the default elsewhere.
+            groups, and for at most 4 tokens, which oneDNN is slow at; or "conv", a convolution with one group per
+            patch, the default elsewhere.
     """
     mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[
         form or ("matmul" if on_gpu(x) or bias.shape[1] <= 4 else "conv")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gzip
 import importlib.util
 import itertools
 import json
@@ -49,6 +50,26 @@ def write_image_folder(root: Path, train: int, val: int, classes: int = 2) -> Pa
         for i in range(count):
             path = root / split / f"class{i % classes}" / f"{split}_{i:03d}.jpg"
             write_image(path, seed=zlib.crc32(path.name.encode()))
+    return root
+
+
+def write_idx(path: Path, content: np.ndarray) -> None:
+    """An IDX file of unsigned bytes, gzipped if its name ends in .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes((0, 0, 8, content.ndim)) + np.array(content.shape, ">u4").tobytes()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wb") as file:
+        file.write(header + content.astype(np.uint8).tobytes())
+
+
+def write_idx_folder(
+    root: Path, train: int, test: int, suffix: str = ".gz", emnist: str = "", classes=range(10)
+) -> Path:
+    """MNIST's four files, or those of a split of EMNIST, with `train` and `test` random images of `classes` in turn."""
+    for seed, (split, count) in enumerate((("train", train), ("test" if emnist else "t10k", test))):
+        prefix = f"emnist-{emnist}-{split}" if emnist else split
+        images = np.random.default_rng(seed).integers(0, 256, (count, 28, 28))
+        write_idx(root / f"{prefix}-images-idx3-ubyte{suffix}", images)
+        write_idx(root / f"{prefix}-labels-idx1-ubyte{suffix}", np.resize(classes, count))
     return root
 
 

@@ -53,6 +53,8 @@ BOOKKEEPING = (
     *("OUTPUT", "TAG", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
     *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME"),
 )
+# Data sets that do not depend on the path
+SAME_ANYWHERE = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "KMNIST", "EMNIST", "digits")
 # matplotlib's "tableau-colorblind10"
 COLORS = ("#006BA4", "#FF800E", "#595959", "#5F9ED1", "#C85200", "#A2C8EC", "#898989", "#FFBC79", "#ABABAB", "#CFCFCF")
 
@@ -126,7 +128,7 @@ def comparable(values: dict[str, Any]) -> dict[str, Any]:
     """The config values that results depend on, without the seed. The data path is one of them if nothing else says
     which images there are."""
     left_out = {*BOOKKEEPING, "SEED"}
-    if values["DATA.DATASET"] in ("CIFAR10", "CIFAR100", "digits"):  # the same anywhere
+    if values["DATA.DATASET"] in SAME_ANYWHERE:
         left_out.add("DATA.DATA_PATH")
     if values["MODEL.TYPE"] != "strip_mlp_layer":
         left_out |= {key for key in values if key.startswith("MODEL.STRIP_MLP.")}

@@ -53,6 +53,7 @@ from models.build import ModelError
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
+CLASSES |= {"FashionMNIST": 10, "MNIST": 10, "KMNIST": 10, "EMNIST": 47}  # EMNIST's default split
 BATCH = 2  # the least with which BatchNorm trains on a 1 x 1 map
 
 

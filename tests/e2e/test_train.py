@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from config import load_config
 from models import StripMLP
 from runtime.checkpoint import read_checkpoint
-from tests.helpers import ROOT, TINY, python, read_metrics, write_image_folder
+from tests.helpers import ROOT, TINY, python, read_metrics, write_idx_folder, write_image_folder
 from tests.reference import fill
 
 PICO = ("main.py", "--cfg", "configs/strip_mlp_pico_digits.yaml")
@@ -280,3 +280,30 @@ def test_a_released_checkpoint_evaluates(tmp_path):
     error = python("main.py", *command, "--resume", tmp_path / "released.pth", "--tag", "b", *opts, ok=False)
     assert "--pretrained" in error.stderr
     assert "Traceback" not in error.stderr
+
+
+@pytest.mark.slow
+def test_fashion_mnist_with_held_out_images(tmp_path):
+    """Training does without the test images; evaluation finds the same held-out ones, and then the test images."""
+    data = write_idx_folder(tmp_path / "data", train=60, test=30)
+    test_files = list(data.glob("t10k*"))
+    for path in test_files:
+        path.rename(tmp_path / path.name)
+    command = ("--cfg", "configs/fashion_mnist/strip_mlp_pico.yaml", "--data-path", data, "--output", tmp_path)
+    opts = ("--opts", *TINY, "DATA.BATCH_SIZE", 16)
+    python("main.py", *command, *opts, "DATA.VAL_FRACTION", 0.3, "SEED", 5)
+    folder = tmp_path / "strip_mlp_pico_fashion_mnist/default"
+    (record,) = read_metrics(folder)
+
+    held_out, test = tmp_path / "held_out.json", tmp_path / "test.json"
+    python("main_eval.py", *command, "--json", held_out, *opts, "DATA.VAL_FRACTION", 0.3)
+    result = json.loads(held_out.read_text())
+    assert result["images"] == 20
+    assert (result["top1"], result["val_loss"]) == pytest.approx((record["top1"], record["val_loss"]))
+    for path in test_files:
+        (tmp_path / path.name).rename(path)
+    for path in data.glob("train*"):
+        path.unlink()
+    python("main_eval.py", *command, "--json", test, *opts)
+    assert json.loads(test.read_text())["images"] == 30
+    assert read_checkpoint(folder / "best.pth")["classes"][0] == "T-shirt/top"

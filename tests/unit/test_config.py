@@ -333,6 +333,9 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
     ("key", "values"),
     [
         ("DATA.DATASET", ["", "mnist", "cifar10"]),
+        ("DATA.EMNIST_SPLIT", ["", "Balanced"]),
+        ("DATA.VAL_FRACTION", [-0.1, 1, NAN]),
+        ("DATA.VAL_SEED", [-1]),
         ("DATA.BATCH_SIZE", [0, -2]),
         ("DATA.IMG_SIZE", [0]),
         ("DATA.INTERPOLATION", ["cubic"]),

@@ -9,6 +9,7 @@ import tarfile
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,12 +28,14 @@ from data import (
     build_sources,
     build_train_loader,
 )
+from data.build import hold_out
 from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
 from data.device import Normalize
 from data.sources import ArraySource, DataError, FolderSource, ZipSource
 from data.transforms import RandomResizedCrop, build_transform
 from runtime import distributed
 from runtime.distributed import World
+from tests.helpers import write_idx_folder
 from utils import seed_all
 
 NO_AUGMENTATION = {
@@ -44,8 +47,11 @@ NO_AUGMENTATION = {
 
 def config_with(**values):
     """The defaults with some of them replaced; `A__B` stands for A.B."""
-    config = get_default_config()
-    config.DATA.NUM_WORKERS = 0
+    return with_values(get_default_config(), **{"DATA__NUM_WORKERS": 0, **values})
+
+
+def with_values(config, **values):
+    config = config.clone()
     for key, value in values.items():
         config.merge_from_list([key.replace("__", "."), value])
     return config
@@ -323,6 +329,99 @@ def test_zip_whose_members_cannot_be_read(tmp_path, damage, cache_mode):
     config = config_with(DATA__IMG_SIZE=32, DATA__BATCH_SIZE=2, DATA__CACHE_MODE=cache_mode)
     with pytest.raises(DataError, match=r"train\.zip"):
         next(iter(build_train_loader(config, source, world())))
+
+
+# Validation images held out from the training images
+
+
+def held_out(config, **values):
+    """The sources of a config with some values replaced, and the names of the images in each."""
+    sources = build_sources(with_values(config, **values), world())
+    return sources, *([source.name(i) for i in range(len(source))] for source in sources)
+
+
+@pytest.fixture(params=["digits", "CIFAR10", "imagenet", "zip", "FashionMNIST"])
+def training_data(request, tmp_path, monkeypatch):
+    """The config of a data set whose validation split is not there, or fails the test when it is read."""
+    root, name = tmp_path / "data", request.param
+    if name == "CIFAR10":
+        images = np.stack([pixels(i, 32, 32) for i in range(50)])
+
+        def cifar(path, train, download):
+            assert train
+            return SimpleNamespace(data=images, targets=[i % 10 for i in range(50)], classes=list("abcdefghij"))
+
+        monkeypatch.setattr(torchvision.datasets, name, cifar)
+    elif name == "imagenet":
+        numbered_folder(root / "train", 50)
+    elif name == "zip":
+        write_zip(root, "train", [(f"{i}.png", i % 3, png(i)) for i in range(50)])
+    elif name == "FashionMNIST":
+        write_idx_folder(root, 50, 10)
+        for path in root.glob("t10k*"):
+            path.unlink()
+    values = {"DATA__ZIP_MODE": True} if name == "zip" else {"DATA__DATASET": name}
+    return config_with(DATA__DATA_PATH=str(root), DATA__VAL_FRACTION=0.3, **values)
+
+
+def test_hold_out(training_data):
+    sources, train, val = held_out(training_data)
+    whole = build_sources(with_values(training_data, DATA__VAL_FRACTION=0.0), world(), val=False).train
+    targets = {whole.name(i): target for i, target in enumerate(whole.targets)}
+    images = {whole.name(i): whole.load(i).tobytes() for i in range(len(whole))}
+    assert len(train) + len(val) == len(whole) and {*train, *val} == set(targets)
+    assert sources.train.classes == sources.val.classes == whole.classes
+    for label in range(len(whole.classes)):
+        assert sources.val.targets.count(label) == round(0.3 * whole.targets.count(label)) > 0
+    for source in sources:
+        assert [targets[source.name(i)] for i in range(len(source))] == source.targets
+        assert all(source.load(i).tobytes() == images[source.name(i)] for i in range(0, len(source), 7))
+    # Evaluation reads the training split too, and only that.
+    alone = build_sources(training_data, world(), train=False)
+    assert alone.train is None and [alone.val.name(i) for i in range(len(alone.val))] == val
+
+
+def test_hold_out_depends_on_its_own_seed_alone(training_data):
+    _, train, val = held_out(training_data)
+    for values in ({"SEED": 7}, {"DATA__IMAGES_PER_CLASS": 2}, {"DATA__IMAGES_PER_CLASS": 2, "SEED": 7}):
+        sources, some, same = held_out(training_data, **values)
+        assert same == val and set(some) <= set(train)
+        if "DATA__IMAGES_PER_CLASS" in values:
+            assert len(some) == 2 * len(sources.train.classes)
+    chosen = build_sources(training_data, world()).train.classes[1]
+    sources, some, fewer = held_out(training_data, DATA__CLASSES=repr(chosen))
+    assert sources.val.classes == [chosen] and 0 < len(fewer) < len(val)
+    assert set(fewer) <= set(val) and set(some) <= set(train)
+    assert held_out(training_data, DATA__CLASSES="all", DATA__VAL_SEED=1)[2] != val
+
+
+def test_hold_out_is_the_same_on_every_machine():
+    sources, _, _ = held_out(config_with(DATA__DATASET="digits"), DATA__VAL_FRACTION=0.1)
+    assert digest(sources.val) == "ba8036f9c8a2e12d0a271f5307219f0316da653cdb437ea48eb3edd64b5b2340"
+
+
+@pytest.mark.parametrize(
+    ("fraction", "counts"),
+    [(0.001, [1, 1, 1]), (0.2, [1, 1, 4]), (0.5, [1, 2, 10]), (0.74, [1, 3, 15]), (0.99, [1, 3, 19])],
+)
+def test_hold_out_counts(fraction, counts):
+    targets = [0] * 2 + [1] * 4 + [3] * 20
+    source = ArraySource(np.zeros((26, 4, 4), np.uint8), targets, list("abcd"), "noise")
+    parts = hold_out(source, fraction, 0)
+    assert [parts[False].targets.count(label) for label in range(4)] == [*counts[:2], 0, counts[2]]
+    assert len(parts[True]) + len(parts[False]) == 26
+
+
+def test_hold_out_of_a_class_of_one_image():
+    source = ArraySource(np.zeros((3, 4, 4), np.uint8), [0, 0, 1], ["many", "one"], "noise")
+    with pytest.raises(DataError, match=r"DATA\.VAL_FRACTION is 0\.5, but the training data has 1 of one; accepted: 2"):
+        hold_out(source, 0.5, 0)
+
+
+def test_images_per_class_are_of_what_is_left():
+    config = config_with(DATA__DATASET="digits", DATA__VAL_FRACTION=0.9, DATA__IMAGES_PER_CLASS=15)
+    with pytest.raises(DataError, match=r"IMAGES_PER_CLASS is 15, but the training data has 14 of"):
+        build_sources(config, world())
 
 
 # The cache
