@@ -605,7 +605,7 @@ def test_loader_processes(monkeypatch, asked, cores, processes, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr("torch.utils.data.DataLoader.check_worker_number_rationality", lambda self: None)
-    config = config_with(DATA__IMG_SIZE=32, DATA__NUM_WORKERS=asked)
+    config = config_with(DATA__IMG_SIZE=48, DATA__NUM_WORKERS=asked)  # smaller ones would be in memory
     assert build_eval_loader(config, array_source(2), world()).num_workers == expected
 
 

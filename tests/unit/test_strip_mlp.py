@@ -24,7 +24,7 @@ import models  # noqa: F401  (registers the variants with timm)
 from config import get_default_config
 from models.activation_checkpoint import frozen_running_stats
 from models.build import build_strip_mlp
-from models.ops import grn_linear, grn_scale, mix_strips, pointwise
+from models.ops import DepthwiseConv, grn_linear, grn_scale, mix_strips, pointwise
 from models.released import checkpoint_filter_fn
 from models.strip_mlp import StripMixingOptions, StripMLP, StripMLPBlock
 from optimizer import build_optimizer, param_groups
@@ -311,6 +311,37 @@ def test_mix_strips(m, axis, dtype):
         for actual, expected in zip(other, results[0], strict=True):
             assert actual.shape == expected.shape
             assert relative_error(actual, expected) < (1e-12 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 1)])
+@pytest.mark.parametrize("form", ["conv", "matmul", None])
+def test_mix_strips_on_a_map_narrower_than_the_strip(size, axis, form):
+    torch.manual_seed(0)
+    length = size[1] if axis == "row" else size[0]
+    x = torch.randn(2, 6, *size).double()
+    weight, bias = torch.randn(2, length, length, 7).double(), torch.randn(2, length).double()
+    # Further rows (columns) of zeros change nothing.
+    wider = F.pad(x, (0, 0, 3, 3) if axis == "row" else (3, 3, 0, 0))
+    expected = mix_strips(wider, weight, bias, axis, 3, form="conv")
+    expected = expected[..., 3:-3, :] if axis == "row" else expected[..., 3:-3]
+    torch.testing.assert_close(mix_strips(x, weight, bias, axis, 3, form), expected)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7, (3, 7), (7, 3)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 5), (3, 4), (8, 8)])
+def test_depthwise_conv_is_that_of_the_whole_kernel(kernel_size, size):
+    torch.manual_seed(0)
+    conv = DepthwiseConv(4, kernel_size).double()
+    results = []
+    for compute in conv, partial(F.conv2d, weight=conv.weight, padding="same", groups=4):
+        x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        y = compute(x)
+        conv.weight.grad = None
+        (y * y).sum().backward()
+        results.append((y, x.grad, conv.weight.grad))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("form", ["conv", "linear"])
