@@ -134,12 +134,12 @@ def _find_or_download(config, splits: list[bool]) -> dict[str, Path]:
     # torchvision looks for the split that it is asked for before it downloads.
     is_train = splits[0] if len(_find(raw, _file_names(config, splits[0]))) < 2 else splits[-1]
     options = {"split": config.DATA.EMNIST_SPLIT} if name == "EMNIST" else {}
+    found, reason = {}, "torchvision finds a version of its own there"
     try:
         getattr(datasets, name)(str(root), train=is_train, download=True, **options)
-        reason = "torchvision finds a version of its own there"
+        found = _find(raw, wanted)
     except Exception as error:  # no network, no permission, no space; whatever reading an old version's files raises
         reason = " ".join(str(error).split())[:1000]
-    found = _find(raw, wanted)
     if len(found) < len(wanted):
         raise DataError(
             f"{name} is not in {_show(root)} and cannot be downloaded into it ({printable(reason)}); {by_hand}"

@@ -156,7 +156,7 @@ DAMAGES = {
     "fewer bytes": (".gz", lambda p: rewrite(p, header(30, 28, 28) + bytes(9)), TRAIN_IMAGES, ["9 bytes", "23520"]),
     "more bytes": (".gz", lambda p: rewrite(p, header(30) + bytes(31)), TRAIN_LABELS, ["more bytes than the 30"]),
     "counts": ("", lambda p: write_idx(p, np.zeros(29)), TRAIN_LABELS, ["30 images", "29 labels", TRAIN_IMAGES]),
-    "no class": ("", lambda p: write_idx(p, np.arange(20)), TEST_LABELS, ["label 10 is 10", "0 to 9"]),
+    "no class": ("", lambda p: write_idx(p, np.arange(20) // 2 + 1), TEST_LABELS, ["label 18 is 10", "0 to 9"]),
 }
 
 
