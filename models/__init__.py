@@ -1,6 +1,6 @@
-"""Models. Importing this package registers Strip-MLP and Sparse MLP with timm."""
+"""Models. Importing this package registers Strip-MLP, Sparse MLP and small peers with timm."""
 
-from . import reparameterize, variants  # noqa: F401  (register folds, and names with timm)
+from . import reparameterize, small_peers, variants  # noqa: F401  (register folds, and names with timm)
 from .backbone import token_mixing_weights
 from .build import build_model, idle_keys, prepare_model
 from .freeze import freeze, train_mode

@@ -315,9 +315,9 @@ def test_bad_arguments(monkeypatch, capsys, words, message):
 # The files in configs/
 
 
-@pytest.mark.parametrize("name", ["caltech101", "cifar100", "digits"])
+@pytest.mark.parametrize("name", ["caltech101", "cifar100", "digits", "fashion_mnist"])
 def test_ablations_of_the_paper(name, monkeypatch):
-    if name != "digits":  # where building every model takes long
+    if name in ("caltech101", "cifar100"):  # where building every model takes long
         monkeypatch.setattr(ablate, "model_size", lambda config: None)
     settings = load_settings(arguments(ROOT / "configs/ablations" / name))
     base = settings[0]
@@ -328,7 +328,7 @@ def test_ablations_of_the_paper(name, monkeypatch):
         {"STRIP_WIDTH": m} if m != 3 else {} for m in (1, 3, 5, 7)
     ]
     released = base.values["MODEL.STRIP_MLP.PATCH_CHANNELS"]
-    patches = {1, 2, 4, 6 if name == "digits" else 8}
+    patches = {1, 2, 4, 8 if name in ("caltech101", "cifar100") else 6}
     for q in patches:
         assert changed.pop(f"table7_patch_channels_{q}") == ({"PATCH_CHANNELS": q} if q != released else {})
     assert changed == {

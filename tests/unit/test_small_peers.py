@@ -1,0 +1,29 @@
+"""Peers as small as Strip-MLP of 0.7 M parameters, as configs/fashion_mnist/peers builds them."""
+
+import pytest
+import torch
+
+from config import leaves, load_config
+from models import build_model
+from models.small_peers import NAMES
+from tests.helpers import ROOT
+
+FOLDER = ROOT / "configs/fashion_mnist"
+
+
+def test_every_peer_has_its_config():
+    assert {path.stem for path in (FOLDER / "peers").iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peer(name):
+    config, notes = load_config(FOLDER / "peers" / f"{name}.yaml", ["MODEL.NUM_CLASSES", "7"])
+    assert not notes
+    assert config.MODEL.NAME == f"small_{name}"
+    base, _ = load_config(FOLDER / "strip_mlp_pico.yaml", [])
+    changed = {key for key, value in leaves(config).items() if value != leaves(base)[key]}
+    assert changed - {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS"} == {"MODEL.TYPE", "MODEL.NAME", "MODEL.NUM_CLASSES"}
+    model = build_model(config)
+    assert 650_000 < sum(parameter.numel() for parameter in model.parameters()) < 760_000
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
