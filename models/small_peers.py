@@ -1,6 +1,6 @@
 """timm's networks, and Sparse MLP, made as small as Strip-MLP of 0.7 M parameters, for images of 32 x 32 pixels.
 
-The layers are timm's, unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels, and
+The layers are timm's, unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels and
 have four stages. Those without have 64 tokens of 4 x 4 pixels.
 """
 

@@ -19,7 +19,7 @@ def test_every_peer_has_its_config():
 def test_peer(name):
     config, notes = load_config(FOLDER / "peers" / f"{name}.yaml", ["MODEL.NUM_CLASSES", "7"])
     assert not notes
-    assert config.MODEL.NAME == f"small_{name}"
+    assert f"small_{name}" == config.MODEL.NAME
     base, _ = load_config(FOLDER / "strip_mlp_pico.yaml", [])
     changed = {key for key, value in leaves(config).items() if value != leaves(base)[key]}
     assert changed - {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS"} == {"MODEL.TYPE", "MODEL.NAME", "MODEL.NUM_CLASSES"}
