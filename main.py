@@ -35,7 +35,7 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
@@ -52,6 +52,7 @@ from models import build_model, freeze, idle_keys, prepare_model, token_mixing_w
 from optimizer import build_optimizer
 from runtime import signals
 from runtime.distributed import TIMEOUT, World, close_world, init_world, lost_processes_named, on_main, wrap
+from runtime.per_image import CORRECT, save_correct
 from runtime.run_folder import RunFolder, open_run_folder
 from runtime.signals import Stopped, StopRequest
 from runtime.watchdog import Watchdog
@@ -168,8 +169,8 @@ def fit(
             )
         metrics = {}
         while state.epoch < config.TRAIN.EPOCHS:
-            metrics = train_and_evaluate(run, eval_loader, folder)
-            finish_epoch(run, metrics, folder, metrics_log)
+            metrics, correct = train_and_evaluate(run, eval_loader, folder)
+            finish_epoch(run, metrics, correct, folder, metrics_log)
     close_log(config, state, metrics, metrics_log, folder)
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
@@ -207,9 +208,9 @@ class Saver:
             raise UserError(f"the main process cannot write the checkpoint: {error}") from error
 
 
-def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder) -> dict[str, Any]:
-    """The metrics of one epoch, or the rest of one, and of the evaluation after it. If something stops it, the run is
-    saved first.
+def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder) -> tuple[dict[str, Any], Tensor]:
+    """The metrics of one epoch, or the rest of one, and of the evaluation after it, and which images that found right,
+    as `evaluate` gives them. If something stops it, the run is saved first.
 
     Raises:
         Stopped: a process got a signal.
@@ -222,11 +223,14 @@ def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder
             for trained in (state.model, *([state.ema.module] if state.ema else [])):
                 distribute_bn(trained, world.size, reduce=True)
         state.progress.trained = True
-        metrics |= evaluate(config, state.model, eval_loader, world, run.logger, control, state.epoch)
+        found, correct = evaluate(config, state.model, eval_loader, world, run.logger, control, state.epoch)
+        metrics |= found
         if state.ema:
             metrics |= {f"{name}_raw": metrics[name] for name in ("top1", "top5", "val_loss")}
-            metrics |= evaluate(config, state.ema.module, eval_loader, world, run.logger, control, state.epoch, turn=1)
-        return metrics
+            average = state.ema.module
+            found, correct = evaluate(config, average, eval_loader, world, run.logger, control, state.epoch, turn=1)
+            metrics |= found
+        return metrics, correct
     except (Stopped, LoadingFailed) as reason:
         control.at_last_checkpoint(state.epoch)
         control.request.saving = True
@@ -240,8 +244,10 @@ def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder
         raise
 
 
-def finish_epoch(run: Training, metrics: dict[str, Any], folder: RunFolder, metrics_log: MetricsLog | None) -> None:
-    """Counts the epoch as done, logs its metrics and writes the checkpoints."""
+def finish_epoch(
+    run: Training, metrics: dict[str, Any], correct: Tensor, folder: RunFolder, metrics_log: MetricsLog | None
+) -> None:
+    """Counts the epoch as done, logs its metrics and writes the results per image and the checkpoints."""
     config, state = run.config, run.state
     state.epoch += 1
     state.progress = Progress(skipped_in_row=state.progress.skipped_in_row)
@@ -255,8 +261,9 @@ def finish_epoch(run: Training, metrics: dict[str, Any], folder: RunFolder, metr
         names.append(f"ckpt_epoch_{state.epoch}.pth")
     run.control.at_checkpoint_after(state.epoch)
     if metrics_log:
-        # Metrics first: if the run is killed between the two, the epoch is trained and its line written again.
+        # These first: if the run is killed before the checkpoint, the epoch is trained and they are written again.
         with writing_to(folder.path):
+            save_correct(folder.path / CORRECT, correct.cpu().numpy(), state.epoch)
             metrics_log.write({"epoch": state.epoch, **metrics, "processes": run.world.size})
             if is_kept:
                 metrics_log.write_histograms("token mixing weights", token_mixing_weights(state.model), state.epoch)

@@ -54,7 +54,7 @@ def evaluate(
     control: Control | None = None,
     epoch: int = 0,
     turn: int = 0,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Accuracy and loss over the images of all processes, each counted once.
 
     Args:
@@ -63,8 +63,9 @@ def evaluate(
         epoch, turn: the epoch of training, from 0, and which evaluation after it this is, for the watchdog.
 
     Returns:
-        top1 and top5 in percent (an unreadable image counts as wrong), val_loss (mean cross-entropy of the readable
-        images), images, unreadable_val, val_seconds, val_images_per_second (all processes).
+        The metrics: top1 and top5 in percent (an unreadable image counts as wrong), val_loss (mean cross-entropy of the
+        readable images), images, unreadable_val, val_seconds, val_images_per_second (all processes).
+        And which images top1 counts: (images,) uint8 on the device, 1 or 0, in the order of the data set.
 
     Raises:
         Stopped: a process got a signal.
@@ -72,7 +73,7 @@ def evaluate(
     """
     model.eval()
     control = control or Control()
-    score = Score(config, model, world)
+    score = Score(config, model, len(loader.dataset), world)
     unreadable = UnreadableFiles(loader, config.DATA.MAX_UNREADABLE, logger)
     started, failure = time.perf_counter(), None
     batches = iterate(loader, "evaluation", world)
@@ -92,8 +93,9 @@ def evaluate(
     if stop:
         raise Stopped
     images, readable, loss, top1, top5 = all_reduce_sum(score.totals, world).tolist()
+    correct = all_reduce_sum(score.correct, world)  # each image is one process's
     seconds = time.perf_counter() - started
-    return {
+    metrics = {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,
         "val_loss": loss / readable if readable else math.nan,
@@ -102,19 +104,26 @@ def evaluate(
         "val_seconds": seconds,
         "val_images_per_second": images / seconds,
     }
+    return metrics, correct
 
 
 class Score:
     """Sums over the batches of this process.
 
+    Args:
+        images: in the data set.
+
     Attributes:
         totals: (5,) float64 on the device: images, readable ones, loss, top-1 hits, top-5 hits.
+        correct: (images,) uint8 on the device: the top-1 hits in the order of the data set. Images of other processes
+            are 0.
     """
 
-    def __init__(self, config, model: nn.Module, world: World):
+    def __init__(self, config, model: nn.Module, images: int, world: World):
         self.config, self.model, self.device = config, model, world.device
         self.amp, self.normalize = resolve_amp(config, world.device), build_normalize(config, world.device)
         self.totals = torch.zeros(5, dtype=torch.float64, device=world.device)
+        self.correct = torch.zeros(images, dtype=torch.uint8, device=world.device)
 
     def add(self, batch: Sample) -> None:
         """Predicts a batch and counts what is right."""
@@ -131,6 +140,7 @@ class Score:
         losses = losses.masked_fill(~readable, 0)
         sums = (torch.ones_like(losses), readable, losses, hits[:, 0], hits.any(dim=1))
         self.totals += torch.stack([values.double().sum() for values in sums])
+        self.correct[batch.index.to(self.device, non_blocking=True)] = hits[:, 0].byte()
 
 
 def predict(config, model: nn.Module, images: Tensor) -> Tensor:
@@ -213,7 +223,7 @@ def evaluate_run(
         logger.warning(message, extra=ALL_RANKS)
     prepare_model(config, model, world.device)
     try:
-        metrics = evaluate(config, model, loader, world, logger)
+        metrics, _ = evaluate(config, model, loader, world, logger)
     except LoadingFailed as failed:
         raise failed.error from failed
     logger.info(describe(metrics))

@@ -12,11 +12,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from runtime.checkpoint import read_checkpoint, read_training_state
+from runtime.per_image import CORRECT, read_correct
 from tests.helpers import (
     ROOT,
     TINY,
@@ -52,8 +54,12 @@ def metrics(folder: Path) -> list[list]:
 
 
 def assert_same_end(a: Path, b: Path) -> None:
-    """Weights, optimizer, loss scaler, best and metrics, to the last bit."""
+    """Weights, optimizer, loss scaler, best, metrics and the results per image, to the last bit."""
     assert metrics(a) == metrics(b)
+    (correct, epoch), (other, _) = (read_correct(folder / CORRECT) for folder in (a, b))
+    assert np.array_equal(correct, other)
+    last = read_metrics(a)[-1]  # with TRAIN.EMA_DECAY, of the moving average
+    assert (epoch, len(correct), 100 * correct.sum() / len(correct)) == (last["epoch"], last["images"], last["top1"])
     for name in ("last.pth", "best.pth"):
         x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
         assert list(x["model"]) == list(y["model"])

@@ -19,6 +19,7 @@ from models.released import to_released_names
 from optimizer import param_groups
 from runtime.checkpoint import classifier_names, read_checkpoint
 from runtime.distributed import World
+from runtime.per_image import CORRECT, read_correct
 from tests.helpers import ROOT, TINY, python, read_metrics, start_processes
 from utils import UserError
 
@@ -216,7 +217,7 @@ def test_layer_decay(pretrained, tmp_path):
 @pytest.mark.slow
 def test_moving_average(pretrained, tmp_path):
     """It is what the recurrence gives, what is evaluated, and what main_eval.py takes."""
-    opts = ("TRAIN.EMA_DECAY", 0.5, "SAVE_STEPS", 1, "TRAIN.EPOCHS", 2)
+    opts = ("TRAIN.EMA_DECAY", 0.5, "TRAIN.BASE_LR", 0.05, "SAVE_STEPS", 1, "TRAIN.EPOCHS", 2)
     content, metrics, printed = fine_tune(tmp_path, pretrained, *opts)
     last, previous = content, read_checkpoint(tmp_path / RUN / "default/previous.pth")
     assert last["epoch"] == 2 and previous["progress"]["step"] == 1  # of the two of the last epoch
@@ -228,6 +229,8 @@ def test_moving_average(pretrained, tmp_path):
     assert "moving average; the weights themselves" in printed
     line = metrics[-1]
     assert line["val_loss"] != line["val_loss_raw"]
+    correct, _ = read_correct(tmp_path / RUN / "default" / CORRECT)
+    assert line["top1"] == 100 * correct.sum() / len(correct) != line["top1_raw"]
     average, raw = tmp_path / RUN / "default/last.pth", tmp_path / "raw.pth"
     python("tools/convert_checkpoint.py", average, raw, "--no-ema")
     for checkpoint, expected in ((average, "val_loss"), (raw, "val_loss_raw")):

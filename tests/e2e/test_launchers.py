@@ -1,11 +1,17 @@
 """The launchers and what several processes must agree on (gloo, CPU)."""
 
 import json
+import logging
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from data import build_eval_loader, build_sources
+from engine import evaluate as evaluation
+from runtime.distributed import World
+from runtime.per_image import CORRECT, read_correct
 from tests.helpers import (
     ROOT,
     TINY,
@@ -15,6 +21,7 @@ from tests.helpers import (
     read_metrics,
     start_processes,
     torchrun,
+    trained_model,
     write_image_folder,
 )
 
@@ -22,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = ("--cfg", "configs/smlp_base_alpha3_patch4_224_imagenet1k.yaml")
 RUN = "smlp_base_alpha3_patch4_224_imagenet1k/default"
+ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def evaluate(image_folder, tmp_path, checkpoint, processes: int, batch_size: int) -> dict:
@@ -63,6 +71,15 @@ def test_two_processes_train_and_agree(image_folder, tmp_path):
     assert alone["images"] == 7
     assert records[-1]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
     assert records[-1]["top1"] == alone["top1"]
+
+    # So does what is right per image, in the order of the data set.
+    trained = trained_model(run / "last.pth", "--device", "cpu")
+    source = build_sources(trained.config, ALONE, train=False).val
+    loader = build_eval_loader(trained.config, source, ALONE)
+    _, expected = evaluation.evaluate(trained.config, trained.model, loader, ALONE, logging.getLogger())
+    correct, epoch = read_correct(run / CORRECT)
+    assert (correct.tolist(), epoch) == (expected.bool().tolist(), 3)
+    assert 0 < correct.sum() < 7
 
 
 def test_evaluation_is_the_same_on_any_number_of_processes(tmp_path):

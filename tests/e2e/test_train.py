@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 from config import load_config
 from models import StripMLP
 from runtime.checkpoint import read_checkpoint
+from runtime.per_image import CORRECT, read_correct, save_correct
 from tests.helpers import ROOT, TINY, python, read_metrics, write_idx_folder, write_image_folder
 from tests.reference import fill
 
@@ -45,7 +46,8 @@ def digits_run(tmp_path_factory) -> Path:
 def test_a_run_writes_what_it_promises(digits_run):
     names = {path.name for path in digits_run.iterdir() if not path.name.startswith("events.out.tfevents")}
     checkpoints = {"ckpt_epoch_1.pth", "ckpt_epoch_2.pth", "ckpt_epoch_3.pth", "last.pth", "best.pth"}
-    assert names == {"config.yaml", "log_rank0.txt", "metrics.jsonl", "run.lock", "previous.pth", *checkpoints}
+    others = {"config.yaml", "log_rank0.txt", "metrics.jsonl", "correct.npz", "run.lock", "previous.pth"}
+    assert names == others | checkpoints
     assert list(digits_run.glob("events.out.tfevents*"))
 
     records = read_metrics(digits_run)
@@ -99,6 +101,7 @@ def test_auto_resume_ends_where_an_undisturbed_run_ends(digits_run, tmp_path):
     # The second line of a run that was killed after it, and half of a third.
     lines = (digits_run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([*lines[:2], lines[2][:20]]))
+    save_correct(run / CORRECT, np.zeros(360, bool), 3)
 
     result = python(*PICO, "--output", tmp_path, "--opts", *TINY, "TRAIN.EPOCHS", 3)
     assert "2 epochs done" in result.stdout
@@ -109,6 +112,10 @@ def test_auto_resume_ends_where_an_undisturbed_run_ends(digits_run, tmp_path):
     same = ("epoch", "train_loss", "val_loss", "top1", "lr")
     for a, b in zip(read_metrics(digits_run), read_metrics(run), strict=True):
         assert [a[key] for key in same] == [b[key] for key in same]
+    for folder in (digits_run, run):
+        correct, epoch = read_correct(folder / CORRECT)
+        assert epoch == 3
+        assert 100 * correct.sum() / len(correct) == read_metrics(folder)[-1]["top1"] > 0
 
 
 @pytest.mark.slow

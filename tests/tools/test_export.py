@@ -68,7 +68,7 @@ def measured(trained) -> dict:
     """What main_eval.py measures."""
     world = World(0, 0, 1, torch.device("cpu"))
     loader = build_eval_loader(trained.config, build_sources(trained.config, world, train=False).val, world)
-    return evaluate(trained.config, trained.model, loader, world, logging.getLogger())
+    return evaluate(trained.config, trained.model, loader, world, logging.getLogger())[0]
 
 
 def run(monkeypatch, capsys, *arguments) -> SimpleNamespace:

@@ -94,7 +94,9 @@ def test_same_as_evaluation(trained, checkpoint, digits, folder):
         assert [entry["probability"] for entry in top] == pytest.approx(values[:5].tolist(), abs=2e-6)
     assert len({item["predictions"][0]["index"] for item in found}) > 2
 
-    measured = evaluate(trained.config, trained.model, digits, World(0, 0, 1, torch.device("cpu")), logging.getLogger())
+    measured, _ = evaluate(
+        trained.config, trained.model, digits, World(0, 0, 1, torch.device("cpu")), logging.getLogger()
+    )
     hits = [item["predictions"][0]["index"] == t for item, t in zip(found, digits.dataset.source.targets, strict=True)]
     assert 100 * np.mean(hits) == pytest.approx(measured["top1"])
 

@@ -288,7 +288,7 @@ def test_precision_of_the_model(amp, expected):
     model.register_forward_hook(lambda module, args, output: found.append(output))
     config, data = config_with(AMP=amp), batches(*noise(8))
     train(config, model, data)
-    loss = evaluate(config, model, data, ALONE, Log())["val_loss"]
+    loss = evaluate(config, model, data, ALONE, Log())[0]["val_loss"]
     assert [logits.dtype for logits in found] == [expected] * 4
     assert model.weight.dtype == torch.float32
     assert loss == pytest.approx(F.cross_entropy(torch.cat(found[2:]).float(), noise(8)[1]).item(), rel=1e-6)
@@ -488,7 +488,7 @@ def test_compiled_once_for_training_and_once_for_evaluation():
             found.append(
                 train(config, model, batches(images[:8], targets[:8]), rate=lambda step: 1e-3)[0]["train_loss"]
             )
-            found.append(evaluate(config, model, batches(images, targets), ALONE, Log())["val_loss"])
+            found.append(evaluate(config, model, batches(images, targets), ALONE, Log())[0]["val_loss"])
             counts.append(graphs.frame_count)
         results[compiled] = found
         assert counts == ([2, 2] if compiled else [0, 0])
@@ -690,7 +690,12 @@ def test_evaluation_by_hand(size, classes):
     logits[10] = float("nan")
     loader = batches(logits, targets, size, readable)
     model, log = nn.Sequential(nn.Identity(), nn.Dropout(0.9)), Log()
-    found = evaluate(config_with(), model, loader, ALONE, log)
+    found, correct = evaluate(config_with(), model, loader, ALONE, log)
+    assert correct.tolist() == [
+        int(good and int(row.argmax()) == target)
+        for row, target, good in zip(logits, targets.tolist(), readable, strict=True)
+    ]
+    assert 100 * int(correct.sum()) / 11 == found["top1"]
     assert not any(module.training for module in model.modules())
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     assert found["unreadable_val"] == 2
@@ -706,9 +711,9 @@ def test_logits_that_are_no_numbers_are_never_correct(bad):
     logits[0, 0] = bad  # at the target
     logits[1, 4] = bad  # elsewhere
     logits[2] = bad
-    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6)), ALONE, Log())
+    found, _ = evaluate(config_with(), nn.Identity(), batches(logits, range(6)), ALONE, Log())
     assert (found["top1"], found["top5"], found["images"]) == (50, 50, 6)
-    found = evaluate(config_with(), nn.Identity(), batches(logits, range(6), readable=[False] * 6), ALONE, Log())
+    found, _ = evaluate(config_with(), nn.Identity(), batches(logits, range(6), readable=[False] * 6), ALONE, Log())
     assert (found["top1"], found["top5"], found["unreadable_val"]) == (0, 0, 6)
     assert math.isnan(found["val_loss"])
 
@@ -718,7 +723,7 @@ def test_evaluation_of_several_processes(monkeypatch):
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda values, **_: values.mul_(3))
     logits, targets = noise(11, features=4, classes=4)
     readable = [i != 2 for i in range(11)]
-    found = evaluate(config_with(), nn.Identity(), batches(logits, targets, 4, readable), world(0, 3), Log())
+    found, _ = evaluate(config_with(), nn.Identity(), batches(logits, targets, 4, readable), world(0, 3), Log())
     expected = {**by_hand(logits, targets.tolist(), readable), "images": 33, "unreadable_val": 3}
     assert {key: found[key] for key in expected} == pytest.approx(expected)
 
