@@ -16,7 +16,6 @@ from tqdm import tqdm
 from data import build_eval_loader
 from data.sources import Source
 from engine import trained
-from engine.evaluate import autocast, resolve_amp
 from runtime.distributed import World
 from utils import UserError
 
@@ -58,7 +57,6 @@ class Predictions:
         return confusion_matrix(true, predicted, labels=np.arange(classes))
 
 
-@torch.inference_mode()
 def predict(model: trained.Trained, source: Source) -> Predictions:
     """On all images, as main_eval.py evaluates.
 
@@ -67,12 +65,9 @@ def predict(model: trained.Trained, source: Source) -> Predictions:
     """
     world = World(rank=0, local_rank=0, size=1, device=model.device)
     loader = build_eval_loader(model.config, source, world)
-    amp = resolve_amp(model.config, model.device)
     columns = []
     for batch in tqdm(loader, desc="predictions", leave=False, dynamic_ncols=True, disable=None):
-        with autocast(model.device, amp):
-            logits = model.model(model.normalize(batch.image.to(model.device)))
-        logits = logits.float().cpu()
+        logits = model.logits(batch.image).cpu()
         if not logits.isfinite().all():
             raise UserError(f"{model.path}: the model's outputs are not finite")
         probabilities = logits.softmax(dim=1)
