@@ -1,11 +1,12 @@
 """From a config to sources, data sets and loaders."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from yacs.config import CfgNode
 
@@ -143,17 +144,22 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
             f"{len(sampler)} for each of {world.size} process{'es' * (world.size > 1)}; "
             f"accepted: at most {len(sampler)}"
         )
-    return _loader(config, dataset, sampler, world, drop_last=True)
+    return build_loader(config, dataset, sampler, world, drop_last=True)
 
 
 def build_eval_loader(config, source: Source, world: World) -> DataLoader:
     """Batches of `Sample` that together hold every image exactly once over all processes."""
     _fill_cache(config, source, world)
     dataset = ClassificationDataset(source, build_transform(config, False), image_size(config))
-    return _loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world, drop_last=False)
+    return build_loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world)
 
 
-def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoader:
+def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False) -> DataLoader:
+    """Batches of DATA.BATCH_SIZE by DATA.NUM_WORKERS processes.
+
+    Args:
+        sampler: the (epoch, index) of each sample, in order.
+    """
     workers = config.DATA.NUM_WORKERS
     if workers < 0:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
