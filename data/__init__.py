@@ -2,6 +2,7 @@
 
 from .build import (
     build_eval_loader,
+    build_loader,
     build_sources,
     build_train_loader,
     check_num_classes,
@@ -16,6 +17,7 @@ __all__ = [
     "Sample",
     "build_batch_transform",
     "build_eval_loader",
+    "build_loader",
     "build_mixup",
     "build_normalize",
     "build_sources",

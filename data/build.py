@@ -1,11 +1,12 @@
 """From a config to sources, data sets and loaders."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from yacs.config import CfgNode
 
@@ -186,14 +187,14 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
             f"{len(sampler)} for each of {world.size} process{'es' * (world.size > 1)}; "
             f"accepted: at most {len(sampler)}"
         )
-    return _loader(config, dataset, sampler, world, drop_last=True)
+    return build_loader(config, dataset, sampler, world, drop_last=True)
 
 
 def build_eval_loader(config, source: Source, world: World) -> DataLoader:
     """Batches of `Sample` that together hold every image exactly once over all processes."""
     _fill_cache(config, source, world)
     dataset = _dataset(config, source, is_train=False)
-    return _loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world, drop_last=False)
+    return build_loader(config, dataset, EvalSampler(len(source), world.rank, world.size), world)
 
 
 def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | ClassificationDataset:
@@ -203,7 +204,12 @@ def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | Classi
     return ClassificationDataset(source, transform, image_size(config), config.SEED, is_train)
 
 
-def _loader(config, dataset, sampler, world: World, drop_last: bool) -> DataLoader:
+def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False) -> DataLoader:
+    """Batches of DATA.BATCH_SIZE by DATA.NUM_WORKERS processes.
+
+    Args:
+        sampler: the (epoch, index) of each sample, in order.
+    """
     in_memory = isinstance(dataset, InMemoryDataset)
     workers = 0 if in_memory else config.DATA.NUM_WORKERS  # a batch takes less than its way between two processes
     if workers < 0:

@@ -61,7 +61,7 @@ class ClassificationDataset(Dataset):
         if not self.is_train:
             image = self._load(index)
             readable = image is not None
-            pixels = self.transform(image) if readable else torch.zeros(3, *self.image_size, dtype=torch.uint8)
+            pixels = self.view(image, index) if readable else torch.zeros(3, *self.image_size, dtype=torch.uint8)
             return Sample(pixels, self.source.targets[index], index, readable)
 
         candidates = [(index + i) % len(self) for i in range(min(MOST_REPLACEMENTS, len(self)))]
@@ -77,6 +77,10 @@ class ClassificationDataset(Dataset):
             seed_all(self.seed, epoch, index, cuda=False)
             image = self.transform(image)
         return Sample(image, self.source.targets[chosen], index, chosen == index)
+
+    def view(self, image: Image.Image, index: int) -> Tensor:
+        """Sample `index` as evaluation sees it, (3, H, W) uint8. Subclasses may change it."""
+        return self.transform(image)
 
     @property
     def classes(self) -> list[str]:

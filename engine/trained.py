@@ -17,6 +17,7 @@ from data import build_normalize, build_sources, check_num_classes
 from data.sources import Source
 from data.sources import class_names as class_names_of
 from data.transforms import build_transform
+from engine.evaluate import autocast, resolve_amp
 from models import build_model
 from runtime.checkpoint import (
     CheckpointError,
@@ -55,6 +56,14 @@ class Trained:
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """A batch (N, 3, H, W), normalised, on the model's device."""
         return self.normalize(torch.stack([self.transform(image) for image in images]).to(self.device))
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, classes) float32 on the model's device, for uint8 images (N, 3, H, W), computed as main_eval.py does."""
+        images = self.normalize(images.to(self.device))
+        with autocast(self.device, resolve_amp(self.config, self.device)):
+            logits = self.model(images)
+        return logits.float()
 
     def validation_source(self) -> Source:
         """The validation images of the config's data. If their classes have other names than the model's, a note on

@@ -74,7 +74,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from data.sources import decode, find_images, read_file
-from engine.evaluate import autocast, resolve_amp
 from engine.trained import Trained, load_trained
 from runtime.signals import ignore_signals
 
@@ -137,15 +136,6 @@ def read_list() -> list[str]:
     return [os.fsdecode(line) for line in text.splitlines() if line]
 
 
-@torch.inference_mode()
-def probabilities(trained: Trained, images: Tensor) -> Tensor:
-    """Of each class, (N, classes) float32 on the CPU, for uint8 images (N, 3, S, S), in main_eval.py's precision."""
-    images = trained.normalize(images.to(trained.device))
-    with autocast(trained.device, resolve_amp(trained.config, trained.device)):
-        logits = trained.model(images)
-    return logits.float().softmax(dim=1).cpu()
-
-
 def predict(
     trained: Trained, paths: Sequence[str], top_k: int = 5, batch_size: int = 64, workers: int = 0
 ) -> Iterator[Prediction]:
@@ -156,7 +146,7 @@ def predict(
         images = [pixels for _, pixels, _ in batch if pixels is not None]
         rows: Iterator = iter(())
         if images:
-            scores = probabilities(trained, torch.stack(images))
+            scores = trained.logits(torch.stack(images)).softmax(dim=1).cpu()
             top = scores.topk(min(top_k, scores.shape[1]))
             rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         for path, pixels, error in batch:

@@ -41,6 +41,7 @@ if __name__ == "__main__":
 
 import matplotlib
 from figures import augmented, cam, mistakes, receptive_field, strips
+from figures.common import STYLE
 from matplotlib.figure import Figure
 
 COMMANDS = {
@@ -50,10 +51,6 @@ COMMANDS = {
     "augmented": augmented,
     "mistakes": mistakes,
 }
-# Sizes are as in print: no figure is wider than a page. Names of files and classes are not formulas.
-SIZES = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
-STYLE = {"font.size": 9, **dict.fromkeys(SIZES, 9), "text.parse_math": False, "axes.linewidth": 0.6}
-STYLE |= {"figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06}
 
 
 def output_paths(output: Path | None, command: str) -> list[Path]:

@@ -97,6 +97,7 @@ def test_help_does_not_wait_for_pytorch(script):
         ("tools/benchmark.py --growth", "matplotlib", "figures"),
         ("tools/detection_demo.py", "pycocotools", "detection"),
         ("tools/export.py best.pth", "onnxscript", "export"),
+        ("tools/robustness.py best.pth --output out", "skimage", "robustness"),
     ],
 )
 def test_missing_extra_is_named(command, missing, extra):

@@ -10,6 +10,10 @@ from data.sources import decode, read_file
 from utils import UserError, printable
 
 WIDTH = 7.0  # of a figure over both columns of a paper, in inches
+# matplotlib's settings. Sizes are as in print. Names of files and classes are not formulas.
+SIZES = ("axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+STYLE = {"font.size": 9, **dict.fromkeys(SIZES, 9), "text.parse_math": False, "axes.linewidth": 0.6}
+STYLE |= {"figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06}
 
 
 def load_image(path: Path) -> Image.Image:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from sklearn.metrics import confusion_matrix
 from tables import as_csv
 from tqdm import tqdm
@@ -16,7 +18,6 @@ from tqdm import tqdm
 from data import build_eval_loader
 from data.sources import Source
 from engine import trained
-from engine.evaluate import autocast, resolve_amp
 from runtime.distributed import World
 from utils import UserError
 
@@ -24,6 +25,7 @@ from .common import WIDTH, pixels, shorten
 
 SUFFIXES = (".png", "_confusion.png", "_predictions.csv")
 MOST_CLASSES = 20  # in a confusion matrix that can be read
+SHARE = "share of the true class"  # what its colours mean
 
 
 @dataclass
@@ -58,7 +60,6 @@ class Predictions:
         return confusion_matrix(true, predicted, labels=np.arange(classes))
 
 
-@torch.inference_mode()
 def predict(model: trained.Trained, source: Source) -> Predictions:
     """On all images, as main_eval.py evaluates.
 
@@ -67,12 +68,9 @@ def predict(model: trained.Trained, source: Source) -> Predictions:
     """
     world = World(rank=0, local_rank=0, size=1, device=model.device)
     loader = build_eval_loader(model.config, source, world)
-    amp = resolve_amp(model.config, model.device)
     columns = []
     for batch in tqdm(loader, desc="predictions", leave=False, dynamic_ncols=True, disable=None):
-        with autocast(model.device, amp):
-            logits = model.model(model.normalize(batch.image.to(model.device)))
-        logits = logits.float().cpu()
+        logits = model.logits(batch.image).cpu()
         if not logits.isfinite().all():
             raise UserError(f"{model.path}: the model's outputs are not finite")
         probabilities = logits.softmax(dim=1)
@@ -134,19 +132,28 @@ def draw_mistakes(found: Predictions, images: Sequence[np.ndarray], source: Sour
 
 
 def draw_confusion(found: Predictions, classes: Sequence[str]) -> Figure:
-    """Counts, coloured by their share of the images of the true class."""
-    matrix = found.confusion(len(classes))
+    size = confusion_size(len(classes))
+    figure = Figure(figsize=(size + 1, size + 0.4), layout="constrained")
+    image = show_confusion(figure.subplots(), found.confusion(len(classes)), classes, summary(found))
+    figure.colorbar(image, shrink=0.6).set_label(SHARE)
+    return figure
+
+
+def confusion_size(classes: int) -> float:
+    """Of a panel with a confusion matrix, in inches."""
+    return min(WIDTH - 1, 1.2 + 0.32 * min(classes, MOST_CLASSES))
+
+
+def show_confusion(axes: Axes, matrix: np.ndarray, classes: Sequence[str], title: str) -> AxesImage:
+    """Counts (classes, classes), true by predicted class, coloured by their share of the images of the true class. Of
+    more than `MOST_CLASSES`, the most confused are shown. Returns what a colour bar needs."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    title = summary(found)
     labels = np.arange(len(classes))
     if len(classes) > MOST_CLASSES:
         labels = most_confused(matrix, MOST_CLASSES)
         shown = matrix[np.ix_(labels, labels)]
         mistakes = shown.sum() - np.trace(shown)
         title += f"\nthe {MOST_CLASSES} most confused of {len(classes)} classes, {mistakes} mistakes among them"
-    size = min(WIDTH - 1, 1.2 + 0.32 * len(labels))
-    figure = Figure(figsize=(size + 1, size + 0.4), layout="constrained")
-    axes = figure.subplots()
     image = axes.imshow(shares[np.ix_(labels, labels)], cmap="Blues", vmin=0, vmax=1)
     for row, true in enumerate(labels):
         for column, predicted in enumerate(labels):
@@ -159,8 +166,7 @@ def draw_confusion(found: Predictions, classes: Sequence[str]) -> Figure:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
-    figure.colorbar(image, shrink=0.6).set_label("share of the true class")
-    return figure
+    return image
 
 
 def table(found: Predictions, source: Source, classes: Sequence[str]) -> str:

@@ -1,0 +1,1 @@
+"""What is behind tools/robustness.py: the corruptions, the evaluation, its tables and its figures."""
