@@ -250,6 +250,8 @@ key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"))
 # Resize to 256 / 224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE. Images of IMG_SIZE <= 32 are never
 # cropped.
 key("TEST.CROP", True)
+# Epochs between two evaluations; the last epoch is always evaluated. best.pth is the best of those.
+key("TEST.INTERVAL", 1, at_least(1))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run

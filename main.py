@@ -208,9 +208,12 @@ class Saver:
             raise UserError(f"the main process cannot write the checkpoint: {error}") from error
 
 
-def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder) -> tuple[dict[str, Any], Tensor]:
+def train_and_evaluate(
+    run: Training, eval_loader: DataLoader, folder: RunFolder
+) -> tuple[dict[str, Any], Tensor | None]:
     """The metrics of one epoch, or the rest of one, and of the evaluation after it, and which images that found right,
-    as `evaluate` gives them. If something stops it, the run is saved first.
+    as `evaluate` gives them; None after an epoch that TEST.INTERVAL skips. If something stops it, the run is saved
+    first.
 
     Raises:
         Stopped: a process got a signal.
@@ -223,6 +226,8 @@ def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder
             for trained in (state.model, *([state.ema.module] if state.ema else [])):
                 distribute_bn(trained, world.size, reduce=True)
         state.progress.trained = True
+        if (state.epoch + 1) % config.TEST.INTERVAL and state.epoch + 1 < config.TRAIN.EPOCHS:
+            return metrics, None
         found, correct = evaluate(config, state.model, eval_loader, world, run.logger, control, state.epoch)
         metrics |= found
         if state.ema:
@@ -245,14 +250,14 @@ def train_and_evaluate(run: Training, eval_loader: DataLoader, folder: RunFolder
 
 
 def finish_epoch(
-    run: Training, metrics: dict[str, Any], correct: Tensor, folder: RunFolder, metrics_log: MetricsLog | None
+    run: Training, metrics: dict[str, Any], correct: Tensor | None, folder: RunFolder, metrics_log: MetricsLog | None
 ) -> None:
     """Counts the epoch as done, logs its metrics and writes the results per image and the checkpoints."""
     config, state = run.config, run.state
     state.epoch += 1
     state.progress = Progress(skipped_in_row=state.progress.skipped_in_row)
     names = []
-    if metrics["top1"] > state.best["top1"]:
+    if correct is not None and metrics["top1"] > state.best["top1"]:
         state.best = {"top1": metrics["top1"], "epoch": state.epoch}
         names.append("best.pth")
     log_epoch(config, state, metrics, run.logger)
@@ -263,7 +268,8 @@ def finish_epoch(
     if metrics_log:
         # These first: if the run is killed before the checkpoint, the epoch is trained and they are written again.
         with writing_to(folder.path):
-            save_correct(folder.path / CORRECT, correct.cpu().numpy(), state.epoch)
+            if correct is not None:
+                save_correct(folder.path / CORRECT, correct.cpu().numpy(), state.epoch)
             metrics_log.write({"epoch": state.epoch, **metrics, "processes": run.world.size})
             if is_kept:
                 metrics_log.write_histograms("token mixing weights", token_mixing_weights(state.model), state.epoch)
@@ -323,10 +329,11 @@ def log_plan(
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:
     """An epoch's results, and what went wrong in it."""
     raw = f" (moving average; the weights themselves: {metrics['top1_raw']:.3f} %)" if "top1_raw" in metrics else ""
+    best = f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']})"
+    result = f"{describe(metrics)}{raw}; {best}" if "top1" in metrics else "not evaluated"
     logger.info(
-        f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {describe(metrics)}{raw}; "
-        f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); trained at "
-        f"{metrics['images_per_second']:.0f} images/s, {100 * metrics['data_wait']:.0f} % of the time waiting for data"
+        f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {result}; trained at {metrics['images_per_second']:.0f} images/s, "
+        f"{100 * metrics['data_wait']:.0f} % of the time waiting for data"
     )
     if metrics["unreadable_train"]:
         message = f"{metrics['unreadable_train']} unreadable images in this epoch's training, replaced"
