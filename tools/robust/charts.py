@@ -51,8 +51,8 @@ def draw_calibration(subjects: Sequence[Subject]) -> Figure:
     """For each model a reliability diagram, and below it how many images have which confidence."""
     columns = min(4, len(subjects))
     blocks = math.ceil(len(subjects) / columns)
-    figure = Figure(figsize=(max(4, 2.8 * columns), 0.5 + 4.2 * blocks), layout="constrained")
-    panels = figure.subplots(2 * blocks, columns, squeeze=False, sharex=True, height_ratios=[2.4, 1] * blocks)
+    figure = Figure(figsize=(max(4.8, 2.8 * columns), 0.5 + 4.2 * blocks), layout="constrained")
+    panels = figure.subplots(2 * blocks, columns, squeeze=False, sharey="row", height_ratios=[2.4, 1] * blocks)
     for i in range(blocks * columns):
         upper, lower = panels[2 * (i // columns), i % columns], panels[2 * (i // columns) + 1, i % columns]
         if i < len(subjects):
@@ -87,8 +87,10 @@ def show_reliability(upper: Axes, lower: Axes, subject: Subject) -> None:
     upper.set_title(f"{shorten(subject.name, 34, keep_end=True)}\n{errors}")
     for axes in (upper, lower):
         axes.set_xlim(0, 100)
-        axes.set_ylim(0, 100)
+        axes.set_xticks(range(0, 101, 20))
         axes.grid(alpha=0.3)
+    upper.set_ylim(0, 100)
+    upper.tick_params(labelbottom=False)
     lower.set_xlabel("confidence, %")
 
 
