@@ -10,7 +10,9 @@ too, unless that is a fragment without a MODEL.NAME; a setting that is the same 
 run is the ordinary main.py (under torchrun with --processes) in OUTPUT/MODEL.NAME/<config>_seed<N>: the same command
 again skips what is finished and goes on with what was stopped. A run that fails does not stop the others.
 
-Writes ablation.md, ablation.csv, ablation.png and runs.csv (one line per run) into --output, anew each time. The exit
+Writes ablation.md, ablation.csv, ablation.png, runs.csv (one line per run) and correct.npz (which images each run
+classifies correctly) into --output, anew each time. Each setting is tested against its base over images and seeds, with
+Holm's correction for the number of settings; "undecided" means that these runs do not tell it from the base. The exit
 status is 0 if all runs are finished, 1 if not, 75 if a signal stopped this command (and the run that it was at, which
 is saved).
 """
@@ -24,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, parse_first, run_entry_point, writing_to
+from utils import UserError, parse_first, run_entry_point, shorten, writing_to
 
 NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
 
@@ -75,17 +78,20 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_first(parse_args, "matplotlib", extra="figures")
+    parse_first(parse_args, "matplotlib", "statsmodels", extra="figures")
 
 import numpy as np
 import torch
 from compare_runs import COLORS, Model, Run, comparable, model_size, read_run, save, whole, with_deviation
 from complexity import Count, without_data
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from paired import LEVEL, Comparison, adjust, compare, pack_results
 from tables import as_csv, markdown
 
 from config import ConfigError, get_default_config, image_size, leaves, load_config, read_yaml
 from models import build_model, idle_keys
+from runtime.per_image import CORRECT, read_correct
 from runtime.run_folder import run_path
 from runtime.signals import EXIT_STATUS
 
@@ -106,6 +112,8 @@ class Setting:
         notes: about values that change nothing.
         runs: by seed.
         failures: of runs, by seed.
+        correct: which images its finished runs classify correctly, by seed: (images,) bool.
+        comparison: with its base, if both have these.
     """
 
     path: Path
@@ -117,6 +125,8 @@ class Setting:
     notes: list[str] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
+    correct: dict[int, np.ndarray] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     @property
     def name(self) -> str:
@@ -139,6 +149,11 @@ class Setting:
         if self.same_as_base:
             return Model(self.name, self.base.finished.runs)
         return Model(self.name, [run for run in self.runs.values() if run.finished])
+
+    @property
+    def results(self) -> dict[int, np.ndarray]:
+        """`correct`, or its base's if it is the same."""
+        return self.base.results if self.same_as_base else self.correct
 
     @property
     def size(self) -> Count | None:
@@ -451,7 +466,9 @@ TITLES = (
     "changes",
     "seeds",
     "top-1, %",
-    "to base",
+    "to base [95 % interval]",
+    "p (Holm)",
+    "verdict",
     "best, %",
     "val. loss",
     "parameters",
@@ -460,8 +477,9 @@ TITLES = (
 )
 
 
-def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | Figure]:
+def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | bytes | Figure]:
     """The files to write, by name."""
+    test_notes = compare_with_bases(settings)
     rows, numbers = [], []
     for setting in settings:
         model = setting.finished
@@ -480,16 +498,18 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         if setting.failures:
             done += f", {len(setting.failures)} failed"
         parameters, macs = (size.parameters, size.macs) if size else (None, None)
+        c = setting.comparison
+        test = (c.difference, *(c.interval or (None, None)), c.p, c.p_holm, c.verdict) if c else (None,) * 6
         rows.append(
             (
-                *(setting.name, changes, done, with_deviation(*last), "-" if delta is None else f"{delta:+.2f}"),
+                *(setting.name, changes, done, with_deviation(*last), *comparison_cells(c, delta)),
                 with_deviation(*best),
                 "-" if loss[0] is None else f"{loss[0]:.3f}" + (f" ± {loss[1]:.3f}" if loss[1] is not None else ""),
                 *map(whole, (parameters, macs, speed)),
             )
         )
         runs = (len(model.runs), done)
-        numbers.append((setting.name, changes, *runs, *last, delta, *best, *loss, parameters, macs, speed))
+        numbers.append((setting.name, changes, *runs, *last, delta, *test, *best, *loss, parameters, macs, speed))
     columns = (
         "setting",
         "changes",
@@ -498,6 +518,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         "top1",
         "top1_std",
         "delta_to_base",
+        *("difference", "ci_low", "ci_high", "p", "p_holm", "verdict"),
         "best",
         "best_std",
         "val_loss",
@@ -505,9 +526,15 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     columns += ("val_loss_std", "parameters", "macs", "images_per_second")
     notes = [
         "Top-1, best (of all epochs) and validation loss: mean ± sample standard deviation over the seeds.",
+        *test_notes,
         *conditions(settings),
         *problems(settings, seeds),
     ]
+    packed: dict[str, bytes] = {}
+    try:
+        packed = collect_correct(settings)
+    except UserError as error:
+        notes.append(f"{CORRECT} is not written: {error}")
     text = markdown(TITLES, rows) + "".join(f"\n- {note}" for note in notes) + "\n"
     per_run = []
     for setting in settings:
@@ -523,7 +550,77 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         "ablation.csv": as_csv(columns, numbers),
         "runs.csv": as_csv(run_columns, per_run),
         "ablation.png": draw(settings),
+        **packed,
     }
+
+
+def comparison_cells(tested: Comparison | None, delta: float | None) -> tuple[str, str, str]:
+    """The difference to the base with its interval, p and verdict for the Markdown table; the difference `delta` alone
+    if there is no test."""
+    if tested is None:
+        return "-" if delta is None else f"{delta:+.2f}", "-", "-"
+    interval = " [{:+.2f}, {:+.2f}]".format(*tested.interval) if tested.interval else ""
+    p = "-" if tested.p_holm is None else "< 0.001" if tested.p_holm < 0.001 else f"{tested.p_holm:.3f}"
+    return f"{tested.difference:+.2f}{interval}", p, tested.verdict
+
+
+def compare_with_bases(settings: Sequence[Setting]) -> list[str]:
+    """Reads which images the finished runs classify correctly, and tests each setting against its base. Returns notes
+    about the tests, and about those that cannot be made."""
+    missing, failed = [], []
+    for setting in settings:
+        setting.correct, setting.comparison = {}, None
+        for seed, run in setting.runs.items():
+            if setting.same_as_base or not run.finished:
+                continue
+            if not (run.path / CORRECT).exists():
+                missing.append(tag(setting, seed))
+                continue
+            try:
+                correct, epoch = read_correct(run.path / CORRECT)
+                if epoch != run.epochs:
+                    raise UserError(f"{run.path / CORRECT}: is of epoch {epoch}, not {run.epochs}")
+                setting.correct[seed] = correct
+            except UserError as error:
+                failed.append(f"not tested: {error}")
+    for base in dict.fromkeys(setting.base for setting in settings if setting.base):
+        for setting in (s for s in settings if s.base is base and s.correct and base.results):
+            try:
+                setting.comparison = compare(setting.correct, base.results)
+            except UserError as error:
+                failed.append(f"{setting.name}: no test: {error}")
+        adjust([s.comparison for s in settings if s.base is base and s.comparison])
+    notes = []
+    tested = [s for s in settings if s.comparison]
+    if tested:
+        notes.append(
+            "To base: mean over the seeds that both have, with a 95 % confidence interval. p: paired test over images "
+            f"and seeds, after Holm's correction for all settings with the same base. Undecided: p above {LEVEL}, not "
+            "told from the base."
+        )
+    if one_seed := [s.name for s in tested if s.comparison.seeds == 1]:
+        notes.append(
+            "One shared seed: interval and p cover other images but not other seeds, so there is no verdict: "
+            f"{shorten(one_seed)}."
+        )
+    if missing:
+        notes.append(
+            f"Not tested, as these runs have no {CORRECT} (an older version trained them): {shorten(missing)}."
+        )
+    return notes + failed
+
+
+def collect_correct(settings: Sequence[Setting]) -> dict[str, bytes]:
+    """correct.npz for all runs; nothing if no run has one.
+
+    Raises:
+        UserError: the runs were evaluated on different numbers of images.
+    """
+    times = Counter(setting.name for setting in settings if setting.correct)
+    results = {
+        s.name if times[s.name] == 1 else f"{s.values['MODEL.NAME']}_{s.name}": s.correct for s in settings if s.correct
+    }
+    return {CORRECT: pack_results(results)} if results else {}
 
 
 def state(setting: Setting, seed: int) -> tuple[str, str]:
@@ -570,12 +667,15 @@ def conditions(settings: Sequence[Setting]) -> list[str]:
 
 def draw(settings: Sequence[Setting]) -> Figure:
     """Top-1 of every setting, its mean and standard deviation over the seeds and each run as a dot; a line where the
-    base is."""
+    base is. Beside it, if there are tests, the differences to the base with their confidence intervals."""
+    tested = any(setting.comparison for setting in settings)
     bases = list(dict.fromkeys(setting.base or setting for setting in settings))
     groups = [(base, [s for s in settings if s is base or s.base is base]) for base in bases]
     rows = sum(len(members) + 2 for _, members in groups)
-    figure = Figure(figsize=(9, max(3, 0.36 * rows)), layout="constrained")
-    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(m) + 2 for _, m in groups])[:, 0]
+    figure = Figure(figsize=(14 if tested else 9, max(3, 0.36 * rows)), layout="constrained")
+    heights = [len(members) + 2 for _, members in groups]
+    grid = figure.subplots(len(groups), 2 if tested else 1, squeeze=False, sharey="row", height_ratios=heights)
+    panels = grid[:, 0]
     for axes, (base, members) in zip(panels, groups, strict=True):
         axes.set_title("".join(conditions([base])) or base.name, fontsize=10, parse_math=False)
         for row, setting in enumerate(members):
@@ -599,7 +699,28 @@ def draw(settings: Sequence[Setting]) -> Figure:
         "Top-1 after the last epoch (%): mean ± standard deviation over seeds; small dots: runs\n"
         "orange: the base; grey: settings that are the same"
     )
+    if tested:
+        for axes, (base, members) in zip(grid[:, 1], groups, strict=True):
+            draw_differences(axes, base, members)
+        grid[-1, 1].set_xlabel(
+            "Difference to the base (points of top-1): mean and 95 % confidence interval\n"
+            "filled: better or worse; open: undecided"
+        )
     return figure
+
+
+def draw_differences(axes: Axes, base: Setting, members: Sequence[Setting]) -> None:
+    """Each setting's comparison with `base`, in its row; zero is the base."""
+    axes.axvline(0, color=COLORS[1], linewidth=1, alpha=0.6)
+    for row, setting in enumerate(members):
+        tested = setting.comparison
+        if tested and setting is not base:  # which may have a base of its own
+            low, high = tested.interval or (tested.difference, tested.difference)
+            error = [[tested.difference - low], [high - tested.difference]]
+            style = {"color": COLORS[0], "mfc": "white" if tested.verdict == "undecided" else COLORS[0]}
+            axes.errorbar(tested.difference, row, xerr=error, fmt="o", capsize=3, markersize=6, **style)
+    axes.tick_params(labelleft=False)
+    axes.grid(alpha=0.3, axis="x")
 
 
 def main() -> None:

@@ -392,13 +392,15 @@ def _draw_mean(axes: Axes, model: Model, key: str, style: dict[str, Any]) -> Non
             axes.fill_between(epochs, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def save(folder: Path, files: dict[str, str | Figure]) -> None:
-    """Writes texts and figures into a folder, made if need be, and prints their names."""
+def save(folder: Path, files: dict[str, str | bytes | Figure]) -> None:
+    """Writes texts, bytes and figures into a folder, made if need be, and prints their names."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if isinstance(content, Figure):
                 content.savefig(folder / name, dpi=130)
+            elif isinstance(content, bytes):
+                (folder / name).write_bytes(content)
             else:
                 (folder / name).write_text(content, encoding="utf-8")
     for name in files:
@@ -411,7 +413,7 @@ def main() -> None:
     models = as_models(runs)
     overview, overview_csv = table(models, runs)
     print(overview)
-    files: dict[str, str | Figure] = {"runs.md": overview, "runs.csv": overview_csv}
+    files: dict[str, str | bytes | Figure] = {"runs.md": overview, "runs.csv": overview_csv}
     different = differences(models)
     if different:
         print(different[0])

@@ -11,11 +11,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import ablate
+import numpy as np
 import pytest
 from ablate import base_of, find_configs, load_settings, options_of, problems, report, to_train
 from compare_runs import read_run
+from paired import compare, read_results
 
 from config import load_config, save_config
+from runtime.per_image import CORRECT, save_correct
 from tests.helpers import ROOT, environment, python
 from utils import UserError
 
@@ -56,8 +59,8 @@ def arguments(*configs, **kwargs) -> Namespace:
     return Namespace(**{**defaults, **kwargs})
 
 
-def write_run(setting, seed, top1, output, *opts, epochs=2):
-    """The folder of a run that main.py has trained."""
+def write_run(setting, seed, top1, output, *opts, epochs=2, correct=None):
+    """The folder of a run that main.py has trained; `correct`: which images it classifies correctly."""
     config, _ = load_config(setting.path, [*opts, "OUTPUT", str(output), "SEED", str(seed)])
     folder = Path(output) / config.MODEL.NAME / ablate.tag(setting, seed)
     folder.mkdir(parents=True)
@@ -65,6 +68,8 @@ def write_run(setting, seed, top1, output, *opts, epochs=2):
     numbers = {"train_loss": 1.0, "lr": 1e-3, "val_loss": 0.5, "images_per_second": 100.0, "seconds": 2.0}
     lines = [{"epoch": epoch, **numbers, "top1": top1, "top5": 100.0} for epoch in range(1, epochs + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if correct is not None:
+        save_correct(folder / CORRECT, correct, epochs)
 
 
 def rows_of(path: Path) -> dict[str, dict[str, str]]:
@@ -106,6 +111,9 @@ def test_from_configs_to_a_table(configs, image_folder, tmp_path):
     assert float(rows["wide"]["images_per_second"]) > 0
     assert "unknown: FAILED" in (output / "ablation.md").read_text()
     assert (output / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    for name, by_seed in read_results(output / "correct.npz").items():
+        assert 100 * by_seed[0].sum() / len(by_seed[0]) == float(rows[name]["top1"])
+    assert rows["wide"]["verdict"] in ("better", "worse", "undecided") and rows["same"]["verdict"] == ""
     with open(output / "runs.csv") as file:
         runs = {row["setting"]: row for row in csv.DictReader(file)}
     assert {name: row["status"] for name, row in runs.items()} == {
@@ -188,6 +196,23 @@ def test_base(configs):
         assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 
 
+def test_bases_of_bases(configs):
+    """A base is trained before what is compared with it, whatever the order on the command line."""
+    folder = configs(a=setting("STRIP_WIDTH: 5"), c="BASE: a.yaml\nTRAIN: {OPTIMIZER: {NAME: sgd}}\n")
+    settings = load_settings(arguments(folder / "c.yaml", folder / "a.yaml"))
+    assert [(s.name, s.base and s.base.name) for s in settings] == [("base", None), ("a", "base"), ("c", "a")]
+    assert [s.name for s, _ in to_train(settings, [0])] == ["base", "a", "c"]
+    assert "TRAIN.OPTIMIZER.NAME sgd" in report(settings, [0])["ablation.md"]
+
+
+def test_two_settings_in_one_folder(configs, tmp_path):
+    folder = configs(a=setting("STRIP_WIDTH: 5"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.yaml").write_text(setting("STRIP_WIDTH: 7"))
+    with pytest.raises(UserError, match=r"settings/a.yaml and .*other/a.yaml would share"):
+        load_settings(arguments(folder, tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     ("line", "same"),
     [
@@ -257,6 +282,7 @@ def test_report(configs, tmp_path):
     assert "92.00 ± 2.00" in files["ablation.md"]
     assert "| 2 of 3 | 82.00 ± 2.83 | -10.00 " in files["ablation.md"]
     assert problems(settings, range(3)) == ["a seed 2: stopped after 1 of 2 epochs"]
+    assert row["verdict"] == "" and "have no correct.npz" in files["ablation.md"] and CORRECT not in files
     (panel,) = files["ablation.png"].axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["base", "a"]
     assert panel.get_title().endswith("imagenet, 32 x 32 pixels, 2 epochs, batch size 8")
@@ -264,6 +290,76 @@ def test_report(configs, tmp_path):
     assert bar.lines[0].get_xdata().tolist() == [82.0]
     left, right = (cap.get_xdata()[0] for cap in bar.lines[1])
     assert (right - left) / 2 == pytest.approx(8**0.5)
+
+
+def right(count: int, images: int = 200, first: int = 0) -> np.ndarray:
+    """`count` of the images, from `first` on."""
+    return np.isin(np.arange(images), np.arange(first, first + count))
+
+
+def test_settings_are_tested_against_their_base(configs, tmp_path):
+    """From the runs' folders, and again from the one file beside the table."""
+    lines = {"worse": "STRIP_WIDTH: 5", "undecided": "STRIP_WIDTH: 7", "images": "GRN: False", "same": ""}
+    lines |= {"older": "POSITION_TABLES: False", "damaged": "BRANCHES: lsmm", "once": "BRANCHES: cgsmm"}
+    folder = configs(**{name: setting(line) for name, line in lines.items()})
+    settings = load_settings(arguments(folder, output=tmp_path / "out"))
+    by_name = {s.name: s for s in settings}
+    for seed in range(5):
+        bits = {"base": right(150 + seed % 2), "worse": right(100 + seed), "undecided": right(150 + seed, first=1)}
+        bits |= {"images": right(90, 100), "older": None, "damaged": right(150)}
+        bits |= {"once": right(100)} if seed == 3 else {}
+        for name, correct in bits.items():
+            top1 = 50.0 if correct is None else 100 * correct.mean()
+            write_run(by_name[name], seed, top1, tmp_path / "out", correct=correct)
+            ablate.look(by_name[name], seed)
+    for run in by_name["damaged"].runs.values():
+        (run.path / CORRECT).write_bytes(b"PK\3\4")
+    files = report(settings, range(5))
+    rows = {row["setting"]: row for row in csv.DictReader(files["ablation.csv"].splitlines())}
+    columns = ("difference", "ci_low", "ci_high", "p", "p_holm", "verdict")
+    assert {name for name, row in rows.items() if any(row[c] for c in columns)} == {"worse", "undecided", "once"}
+    for name in ("worse", "undecided", "once"):
+        row = rows[name]
+        assert row["verdict"] == (name if name != "once" else "undecided")
+        assert float(row["ci_low"]) < float(row["difference"]) < float(row["ci_high"])
+        assert (row["p_holm"] == "") == (name == "once") and 0 < float(row["p"]) <= 1
+    assert float(rows["worse"]["p_holm"]) == 2 * float(rows["worse"]["p"])  # the smallest of two
+    assert float(rows["worse"]["difference"]) == pytest.approx(float(rows["worse"]["delta_to_base"]))
+    assert float(rows["once"]["difference"]) == -25.5  # to the base's run with the same seed
+
+    text = files["ablation.md"]
+    assert "| worse     |" in text and "older_seed0, older_seed1" in text
+    assert "images: no test: its runs were evaluated on 100 images, the base's on 200" in text
+    assert "damaged_seed0/correct.npz: not a run's correct.npz, or damaged" in text
+    assert "cover other images but not other seeds, so there is no verdict: once." in text
+    assert "correct.npz is not written: the runs were evaluated on 100, 200 images" in text
+
+    tops, differences = files["ablation.png"].axes
+    assert [label.get_text() for label in tops.get_yticklabels()] == [s.name for s in settings]
+    drawn = {
+        container.lines[0].get_ydata()[0]: container.lines[0].get_xdata()[0] for container in differences.containers
+    }
+    positions = {
+        settings.index(by_name[name]): float(rows[name]["difference"]) for name in ("worse", "undecided", "once")
+    }
+    assert drawn == pytest.approx(positions)
+
+    settings = [s for s in settings if s.name != "images"]
+    (tmp_path / CORRECT).write_bytes(report(settings, range(5))[CORRECT])
+    found = read_results(tmp_path / CORRECT)
+    assert found.keys() == {"base", "worse", "undecided", "once"} and list(found["once"]) == [3]
+    assert compare(found["worse"], found["base"]).p == float(rows["worse"]["p"])
+
+
+def test_results_of_another_epoch_are_not_used(configs, tmp_path):
+    base, a = load_settings(arguments(configs(a=setting("STRIP_WIDTH: 5")), output=tmp_path / "out"))
+    for s, bits in ((base, right(150)), (a, right(100))):
+        write_run(s, 0, 50.0, tmp_path / "out", correct=bits)
+        ablate.look(s, 0)
+    save_correct(a.runs[0].path / CORRECT, right(100), 1)
+    files = report([base, a], [0])
+    assert "is of epoch 1, not 2" in files["ablation.md"] and a.comparison is None
+    assert len(files["ablation.png"].axes) == 1
 
 
 def test_folder_of_other_images_or_processes(configs, tmp_path):

@@ -84,7 +84,7 @@ def test_help_does_not_wait_for_pytorch(script):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout, result.stderr
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert not imported & {"torch", "timm", "matplotlib", "sklearn", "onnx"}
+    assert not imported & {"torch", "timm", "matplotlib", "sklearn", "onnx", "statsmodels"}
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_help_does_not_wait_for_pytorch(script):
     [
         ("tools/plot_metrics.py run", "matplotlib", "figures"),
         ("tools/visualize.py strips best.pth", "matplotlib", "figures"),
-        ("tools/ablate.py configs/ablations/digits", "matplotlib", "figures"),
+        ("tools/ablate.py configs/ablations/digits", "statsmodels", "figures"),
         ("tools/benchmark.py --growth", "matplotlib", "figures"),
         ("tools/detection_demo.py", "pycocotools", "detection"),
         ("tools/export.py best.pth", "onnxscript", "export"),
