@@ -83,8 +83,16 @@ key(
     "DATA.DATASET",
     "imagenet",
     one_of(
-        *("imagenet", "imagenet-1k", "CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "KMNIST", "EMNIST"),
-        *("101_ObjectCategories", "digits"),
+        "imagenet",
+        "imagenet-1k",
+        "CIFAR10",
+        "CIFAR100",
+        "FashionMNIST",
+        "MNIST",
+        "KMNIST",
+        "EMNIST",
+        "101_ObjectCategories",
+        "digits",
     ),
 )
 key("DATA.DATA_PATH", "", PATH)

@@ -211,9 +211,11 @@ class Saver:
 def train_and_evaluate(
     run: Training, eval_loader: DataLoader, folder: RunFolder
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """The metrics of one epoch, or the rest of one, and of the evaluation after it, and which images that found right,
-    as `evaluate` gives them; None after an epoch that TEST.INTERVAL skips. If something stops it, the run is saved
-    first.
+    """Trains one epoch, or the rest of one, and evaluates. If something stops it, the run is saved first.
+
+    Returns:
+        The metrics of both, and the images classified correctly as `evaluate` gives them. After an epoch that
+        TEST.INTERVAL skips, the metrics of training and None.
 
     Raises:
         Stopped: a process got a signal.
@@ -329,8 +331,9 @@ def log_plan(
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:
     """An epoch's results, and what went wrong in it."""
     raw = f" (moving average; the weights themselves: {metrics['top1_raw']:.3f} %)" if "top1_raw" in metrics else ""
-    best = f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']})"
-    result = f"{describe(metrics)}{raw}; {best}" if "top1" in metrics else "not evaluated"
+    result = f"{describe(metrics)}{raw}" if "top1" in metrics else "not evaluated"
+    if state.best["epoch"]:
+        result += f"; best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']})"
     logger.info(
         f"epoch {state.epoch}/{config.TRAIN.EPOCHS} {result}; trained at {metrics['images_per_second']:.0f} images/s, "
         f"{100 * metrics['data_wait']:.0f} % of the time waiting for data"

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from config import image_size
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
 from data.idx import IDX_DATASETS, idx_sources
-from data.memory import InMemoryDataset, collated, fits_in_memory
+from data.memory import InMemoryDataset, collated, suits_batches
 from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, main_process_first
@@ -198,9 +198,9 @@ def build_eval_loader(config, source: Source, world: World) -> DataLoader:
 
 
 def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | ClassificationDataset:
-    transform = build_transform(config, is_train)  # also checks the config
-    if fits_in_memory(config, source, is_train):
+    if suits_batches(config, source, is_train):
         return InMemoryDataset(config, source, is_train)
+    transform = build_transform(config, is_train)
     return ClassificationDataset(source, transform, image_size(config), config.SEED, is_train)
 
 

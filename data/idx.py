@@ -131,10 +131,10 @@ def _find_or_download(config, splits: list[bool]) -> dict[str, Path]:
     if some:
         missing = [file for file in wanted if file not in _find(root, wanted)]
         raise DataError(f"{_show(root)}: has {shorten(list(some))}, but lacks {shorten(missing)}; {by_hand}")
-    # torchvision looks for the split that it is asked for before it downloads.
+    # EMNIST's files are looked for split by split before a download, so the split to ask for is one that lacks some.
     is_train = splits[0] if len(_find(raw, _file_names(config, splits[0]))) < 2 else splits[-1]
     options = {"split": config.DATA.EMNIST_SPLIT} if name == "EMNIST" else {}
-    found, reason = {}, "torchvision finds a version of its own there"
+    found, reason = {}, f"torchvision takes {_show(root / name / 'processed')} for the data; move that folder away"
     try:
         getattr(datasets, name)(str(root), train=is_train, download=True, **options)
         found = _find(raw, wanted)

@@ -12,14 +12,14 @@ from torchvision.transforms import Resize
 from config import image_size
 from data.dataset import Sample
 from data.sources import Source, class_names
-from data.transforms import SMALL_IMAGE, whole_image_interpolation
+from data.transforms import SMALL_IMAGE, draws_per_image, whole_image_interpolation
 
 
-def fits_in_memory(config, source: Source, is_train: bool) -> bool:
-    """Whether `InMemoryDataset` can take the source's place: its images are in memory, IMG_SIZE is at most 32, and
-    training draws nothing per image but shift and flip."""
-    per_image = is_train and (config.AUG.AUTO_AUGMENT not in ("none", "") or config.AUG.COLOR_JITTER)
-    return source.images is not None and max(image_size(config)) <= SMALL_IMAGE and not per_image
+def suits_batches(config, source: Source, is_train: bool) -> bool:
+    """Whether `InMemoryDataset` gives what `build_transform` would: the images are in memory, IMG_SIZE is at most 32,
+    and training draws nothing for an image but shift and flip."""
+    small = max(image_size(config)) <= SMALL_IMAGE
+    return small and source.in_memory and not (is_train and draws_per_image(config))
 
 
 class InMemoryDataset(Dataset):
@@ -36,7 +36,7 @@ class InMemoryDataset(Dataset):
     def __init__(self, config, source: Source, is_train: bool):
         self.source, self.is_train = source, is_train
         self.seed, self.hflip = config.SEED, config.AUG.HFLIP
-        self.images = resize(source.images, image_size(config), whole_image_interpolation(config))
+        self.images = resize(source.images(), image_size(config), whole_image_interpolation(config))
         self.targets = torch.tensor(source.targets)
         self._drawn_for = -1  # epoch
 
@@ -68,7 +68,8 @@ class InMemoryDataset(Dataset):
         height, width = images.shape[-2:]
         most = height // 8, width // 8
         if self._drawn_for != epoch:
-            draw = np.random.default_rng((self.seed, epoch, 1))  # the order of the samples is drawn from (seed, epoch)
+            # The spawn key keeps this apart from the order of the samples, which is drawn from (seed, epoch) too.
+            draw = np.random.default_rng(np.random.SeedSequence((self.seed, epoch), spawn_key=(1,)))
             count = len(self)
             self._shifts = [torch.from_numpy(draw.integers(-m, m, count, endpoint=True)) for m in most]
             self._flips = torch.from_numpy(draw.random(count) < self.hflip)
@@ -86,10 +87,11 @@ class InMemoryDataset(Dataset):
 
 def resize(images: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:
     """Images (N, H, W) or (N, H, W, 3) as (N, 1 or 3, *size), by Pillow, as the other data sets."""
-    if images.shape[1:3] != size:
-        method = Resize(size, interpolation=str_to_interp_mode(interpolation))
-        images = np.stack([np.asarray(method(Image.fromarray(image))) for image in images])
-    tensor = torch.tensor(images)
+    method = Resize(size, interpolation=str_to_interp_mode(interpolation))
+    resized = np.empty((len(images), *size, *images.shape[3:]), np.uint8)
+    for index, image in enumerate(images):
+        resized[index] = image if image.shape[:2] == size else method(Image.fromarray(image))
+    tensor = torch.from_numpy(resized)
     return tensor[:, None] if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
 

@@ -37,13 +37,13 @@ class Source(ABC):
         classes: class names, in label order.
         targets: label of each sample, an index into `classes`.
         has_names: False if the data does not name its classes, so that `classes` are numbers.
-        images: all of them, (N, H, W) grey or (N, H, W, 3) RGB, uint8, if they are in memory anyway and of one size.
+        in_memory: whether `images` gives all of them at once.
     """
 
     classes: list[str]
     targets: list[int]
     has_names = True
-    images: np.ndarray | None = None
+    in_memory = False
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -55,6 +55,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Where to find sample `index`: its path, in printable characters."""
+
+    def images(self) -> np.ndarray:
+        """All images, (N, H, W) grey or (N, H, W, 3) RGB, uint8. Only if `in_memory`."""
+        raise NotImplementedError
 
     @abstractmethod
     def cache(self, indices: Iterable[int]) -> None:
@@ -180,14 +184,19 @@ class ZipSource(FileSource):
 class ArraySource(Source):
     """Images in memory, uint8, (N, H, W) grey or (N, H, W, 3) RGB."""
 
+    in_memory = True
+
     def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], title: str):
-        self.images = images
+        self._images = images
         self._title = title
         self.targets = [int(target) for target in targets]
         self.classes = list(classes)
 
+    def images(self) -> np.ndarray:
+        return self._images
+
     def load(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index]).convert("RGB")
+        return Image.fromarray(self._images[index]).convert("RGB")
 
     def name(self, index: int) -> str:
         return f"{self._title} image {index}"
@@ -207,9 +216,11 @@ class SubsetSource(Source):
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
         label = {source.classes.index(name): new for new, name in enumerate(classes)}
         self._source, self._indices = source, list(indices)
-        self.classes, self.has_names = list(classes), source.has_names
+        self.classes, self.has_names, self.in_memory = list(classes), source.has_names, source.in_memory
         self.targets = [label[source.targets[index]] for index in self._indices]
-        self.images = None if source.images is None else source.images[self._indices]
+
+    def images(self) -> np.ndarray:
+        return self._source.images()[self._indices]
 
     def load(self, index: int) -> Image.Image:
         return self._source.load(self._indices[index])

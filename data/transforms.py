@@ -92,6 +92,11 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     return transforms.Compose([*resize, transforms.PILToTensor()])
 
 
+def draws_per_image(config) -> bool:
+    """Whether training augments each image in a way of its own, other than by shift, crop and flip."""
+    return config.AUG.AUTO_AUGMENT not in ("none", "") or config.AUG.COLOR_JITTER > 0
+
+
 def whole_image_interpolation(config) -> str:
     """How images are resized as a whole. PIL resizes with one method at a time; "random" is a training option of
     timm's crop."""

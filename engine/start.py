@@ -111,7 +111,8 @@ def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> N
     """What a run goes on from, and what has changed since."""
     step = content["progress"]["step"]
     done = f"{content['epoch']} epochs{f' and {step} steps' if step else ''} done"
-    logger.info(f"resumed from {path}: {done}, best top-1 {content['best']['top1']:.3f} %")
+    best = f"best top-1 {content['best']['top1']:.3f} %" if content["best"]["epoch"] else "not evaluated yet"
+    logger.info(f"resumed from {path}: {done}, {best}")
     before, now = content["config"], leaves(config)
     # Keys that only newer, or only older, configs have did not change what the run does.
     for key in sorted(set(before) & set(now)):

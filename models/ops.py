@@ -1,8 +1,8 @@
 """How the layers of Strip-MLP are computed.
 
 Each function is one equation, which its docstring gives as an einsum. Where there is more than one way to compute it,
-the function takes the one that suits the device of its input; `form` names one instead. All forms give the same result
-up to rounding, on any device.
+the function takes the one that suits the device and the size of its input; `form` names one instead. All forms give the
+same result up to rounding, on any device.
 
 Maps are (N, C, H, W). They stay in `torch.channels_last` throughout: every form reads and writes them in place there.
 """
@@ -15,10 +15,20 @@ from timm.layers import fast_layer_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# On CPUs, maps of at most so many tokens, and strips along axes of at most so many, are faster as matrix products than
+# as oneDNN's convolutions. docs/speed.md has the times.
+SMALL_MAP, SHORT_AXIS = 16, 4
+
 
 def on_gpu(x: Tensor) -> bool:
     """Whether to take the forms that suit a GPU."""
     return x.is_cuda
+
+
+def by_size(x: Tensor) -> bool:
+    """Whether the form may depend on the size of x. On the meta device, where multiply-adds are counted, the layer's
+    own count is wanted. torch.jit.trace would warn of every size that is looked at."""
+    return not x.is_meta and not torch.jit.is_tracing()
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str | None = None) -> Tensor:
@@ -30,11 +40,12 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
         x: (N, C, H, W).
         weight: (C_out, C), or (C_out, C, 1, 1) as convolutions store it.
         bias: (C_out,).
-        form: "linear", the default on GPUs and for maps of at most 16 tokens, where convolutions have a high fixed
-            cost; or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as fast as
-            the matrix products of PyTorch's builds unless the processor is Intel's.
+        form: "linear", the default on GPUs and for maps of at most `SMALL_MAP` tokens, where convolutions have a high
+            fixed cost; or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as
+            fast as the matrix products of PyTorch's builds unless the processor is Intel's.
     """
-    if (form or ("linear" if on_gpu(x) or x.shape[-2] * x.shape[-1] <= 16 else "conv")) == "linear":
+    small = by_size(x) and x.shape[-2] * x.shape[-1] <= SMALL_MAP
+    if (form or ("linear" if on_gpu(x) or small else "conv")) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
 
@@ -59,24 +70,22 @@ class PointwiseLinear(nn.Linear):
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution with zeros around the map, kernel of odd sides. Shape: (N, dim, H, W) -> (N, dim, H, W).
 
-    On a map of L tokens a side, the kernel's entries further than L - 1 from its centre meet nothing but zeros, so they
-    are left out: small maps, the last stages of small images, take a tenth of the time.
+    On maps smaller than the kernel, as in the last stages of small images, only what meets the map is computed.
     """
 
     def __init__(self, dim: int, kernel_size: int | tuple[int, int]):
         super().__init__(dim, dim, kernel_size, padding="same", groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = reachable(reachable(self.weight, -2, x.shape[-2]), -1, x.shape[-1])
-        padding = weight.shape[-2] // 2, weight.shape[-1] // 2
-        if padding == (0, 0):  # a product per channel
-            return x * weight.flatten()[:, None, None].to(x.dtype)
-        return F.conv2d(x, weight, padding=padding, groups=self.groups)
+        weight = self.weight
+        if by_size(x):
+            weight = reachable(reachable(weight, -2, x.shape[-2]), -1, x.shape[-1])
+        return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2), groups=self.groups)
 
 
 def reachable(weight: Tensor, axis: int, length: int) -> Tensor:
     """The entries of an odd kernel along an axis that meet tokens on a map of `length` tokens: those at most
-    length - 1 from its centre."""
+    length - 1 from its centre. All others meet zeros."""
     reach = weight.shape[axis] // 2
     kept = min(reach, length - 1)
     return weight.narrow(axis, reach - kept, 2 * kept + 1) if kept < reach else weight
@@ -130,13 +139,14 @@ def mix_strips(x: Tensor, weight: Tensor, bias: Tensor, axis: str, q: int, form:
         axis: "row" or "column".
         q: channels of a patch.
         form: "matmul", one matrix product per patch, the default on GPUs, which are slow at convolutions of many small
-            groups, and for at most 4 tokens, which oneDNN is slow at; or "conv", a convolution with one group per
-            patch, the default elsewhere.
+            groups, and along at most `SHORT_AXIS` tokens, for the same reason; or "conv", a convolution with one group
+            per patch, the default elsewhere.
     """
-    mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[
-        form or ("matmul" if on_gpu(x) or bias.shape[1] <= 4 else "conv")
-    ]
-    weight = reachable(weight, -1, x.shape[-2 if axis == "row" else -1])
+    short = False
+    if by_size(x):
+        short = bias.shape[1] <= SHORT_AXIS
+        weight = reachable(weight, -1, x.shape[-2 if axis == "row" else -1])
+    mix = {"matmul": _mix_by_matmul, "conv": _mix_by_conv}[form or ("matmul" if on_gpu(x) or short else "conv")]
     if not torch.compiler.is_compiling():  # it chooses the layout of gradients itself
         x = ChannelsLastGradient.apply(x)
     x = x.unflatten(1, (q, -1))  # (N, q, P, H, W)

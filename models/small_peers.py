@@ -1,7 +1,8 @@
 """timm's networks, and Sparse MLP, made as small as Strip-MLP of 0.7 M parameters, for images of 32 x 32 pixels.
 
 The layers are timm's, unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels and
-have four stages. Those without have 64 tokens of 4 x 4 pixels.
+have four stages. Those without have 64 tokens of 4 x 4 pixels. They have about the same number of parameters, but not
+of multiply-adds: `tools/complexity.py` counts both.
 """
 
 from timm.layers import GatedMlp
@@ -15,83 +16,106 @@ from torch import nn
 
 from .sparse_mlp import SparseMLP
 
-NAMES = ("resnet", "convnext", "resmlp", "mixer", "gmlp", "swin", "vit", "sparse_mlp")
+
+def _cfg(**kwargs) -> dict:
+    """timm's description of a model's input."""
+    return {"num_classes": 10, "input_size": (3, 32, 32), "fixed_input_size": True, "classifier": "head", **kwargs}
+
 
 default_cfgs = generate_default_cfgs(
     {
-        f"small_{name}": {
-            "num_classes": 10,
-            "input_size": (3, 32, 32),
-            "fixed_input_size": name not in ("resnet", "convnext"),
-            "classifier": {"resnet": "fc", "convnext": "head.fc", "swin": "head.fc", "sparse_mlp": "head.fc"}.get(
-                name, "head"
-            ),
-        }
-        for name in NAMES
+        "small_resnet": _cfg(classifier="fc", fixed_input_size=False),
+        "small_convnext": _cfg(classifier="head.fc", fixed_input_size=False),
+        "small_resmlp": _cfg(),
+        "small_mixer": _cfg(),
+        "small_gmlp": _cfg(),
+        "small_swin": _cfg(classifier="head.fc"),
+        "small_vit": _cfg(),
+        "small_sparse_mlp": _cfg(classifier="head.fc"),
     }
 )
 
+FOUR_STAGES = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+FOUR_STAGES_BY_GETTER = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
-def _create(model: type[nn.Module], variant: str, pretrained: bool, arguments: dict, kwargs: dict) -> nn.Module:
-    return build_model_with_cfg(model, variant, pretrained, **{**arguments, **kwargs})
+
+class ResNetWithoutPooling(ResNet):
+    """timm's ResNet without the max-pooling before the stages."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.maxpool = nn.Identity()
+        for stage in self.feature_info[1:]:
+            stage["reduction"] //= 2
+
+
+class ConvNeXtAtStride2(ConvNeXt):
+    """timm's ConvNeXt whose first stage has the tokens of the stem. timm's own merges them again if patch_size is 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stages[0].downsample = nn.Identity()
+        for stage in self.feature_info:
+            stage["reduction"] //= 2
 
 
 @register_model
 def small_resnet(pretrained: bool = False, **kwargs) -> ResNet:
-    """ResNet (arXiv:1512.03385) of basic blocks, without the max-pooling that would leave maps of 8 x 8."""
-    arguments = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (24, 48, 96, 192), "stem_type": "deep"}
-    model = _create(ResNet, "small_resnet", pretrained, {**arguments, "stem_width": 16}, kwargs)
-    model.maxpool = nn.Identity()
-    return model
+    """ResNet (arXiv:1512.03385) of basic blocks; max-pooling would leave maps of 8 x 8."""
+    arguments = {"layers": (1, 1, 1, 1), "channels": (24, 48, 96, 192), "stem_type": "deep", "stem_width": 16}
+    arguments = {"block": BasicBlock, **arguments, **kwargs}
+    return build_model_with_cfg(ResNetWithoutPooling, "small_resnet", pretrained, **arguments)
 
 
 @register_model
 def small_convnext(pretrained: bool = False, **kwargs) -> ConvNeXt:
     """ConvNeXt (arXiv:2201.03545)."""
-    arguments = {"depths": (2, 2, 3, 1), "dims": (24, 48, 96, 192), "patch_size": 2}
-    return _create(ConvNeXt, "small_convnext", pretrained, arguments, kwargs)
+    arguments = {"depths": (2, 2, 3, 1), "dims": (24, 48, 96, 192), "patch_size": 2, **kwargs}
+    return build_model_with_cfg(ConvNeXtAtStride2, "small_convnext", pretrained, feature_cfg=FOUR_STAGES, **arguments)
 
 
 @register_model
 def small_resmlp(pretrained: bool = False, **kwargs) -> MlpMixer:
     """ResMLP (arXiv:2105.03404)."""
     arguments = {"img_size": 32, "patch_size": 4, "num_blocks": 9, "embed_dim": 96, "mlp_ratio": 4}
-    blocks = {"block_layer": ResBlock, "norm_layer": Affine}
-    return _create(MlpMixer, "small_resmlp", pretrained, {**arguments, **blocks}, kwargs)
+    arguments = {**arguments, "block_layer": ResBlock, "norm_layer": Affine, **kwargs}
+    return build_model_with_cfg(MlpMixer, "small_resmlp", pretrained, **arguments)
 
 
 @register_model
 def small_mixer(pretrained: bool = False, **kwargs) -> MlpMixer:
     """MLP-Mixer (arXiv:2105.01601)."""
-    arguments = {"img_size": 32, "patch_size": 4, "num_blocks": 9, "embed_dim": 96}
-    return _create(MlpMixer, "small_mixer", pretrained, arguments, kwargs)
+    arguments = {"img_size": 32, "patch_size": 4, "num_blocks": 9, "embed_dim": 96, **kwargs}
+    return build_model_with_cfg(MlpMixer, "small_mixer", pretrained, **arguments)
 
 
 @register_model
 def small_gmlp(pretrained: bool = False, **kwargs) -> MlpMixer:
     """gMLP (arXiv:2105.08050)."""
     arguments = {"img_size": 32, "patch_size": 4, "num_blocks": 8, "embed_dim": 96, "mlp_ratio": 6}
-    blocks = {"block_layer": SpatialGatingBlock, "mlp_layer": GatedMlp}
-    return _create(MlpMixer, "small_gmlp", pretrained, {**arguments, **blocks}, kwargs)
+    arguments = {**arguments, "block_layer": SpatialGatingBlock, "mlp_layer": GatedMlp, **kwargs}
+    return build_model_with_cfg(MlpMixer, "small_gmlp", pretrained, **arguments)
 
 
 @register_model
 def small_swin(pretrained: bool = False, **kwargs) -> SwinTransformer:
     """Swin Transformer (arXiv:2103.14030) with windows of 4 x 4 tokens."""
     arguments = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24}
-    arguments |= {"depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
-    return _create(SwinTransformer, "small_swin", pretrained, arguments, kwargs)
+    arguments = {**arguments, "depths": (2, 2, 1, 1), "num_heads": (1, 2, 4, 8), **kwargs}
+    return build_model_with_cfg(SwinTransformer, "small_swin", pretrained, feature_cfg=FOUR_STAGES, **arguments)
 
 
 @register_model
 def small_vit(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """ViT (arXiv:2010.11929)."""
-    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3}
-    return _create(VisionTransformer, "small_vit", pretrained, arguments, kwargs)
+    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, **kwargs}
+    return build_model_with_cfg(VisionTransformer, "small_vit", pretrained, **arguments)
 
 
 @register_model
 def small_sparse_mlp(pretrained: bool = False, **kwargs) -> SparseMLP:
     """Sparse MLP (arXiv:2109.05422)."""
-    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 2, 3, 1)}
-    return _create(SparseMLP, "small_sparse_mlp", pretrained, arguments, kwargs)
+    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 2, 3, 1), **kwargs}
+    return build_model_with_cfg(
+        SparseMLP, "small_sparse_mlp", pretrained, feature_cfg=FOUR_STAGES_BY_GETTER, **arguments
+    )

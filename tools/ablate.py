@@ -97,6 +97,10 @@ from runtime.signals import EXIT_STATUS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES_NOTHING = "changes nothing in the model"
+CHOOSE_IMAGES = (
+    *("DATA.DATASET", "DATA.DATA_PATH", "DATA.EMNIST_SPLIT", "DATA.CLASSES", "DATA.ZIP_MODE"),
+    *("DATA.VAL_FRACTION", "DATA.VAL_SEED"),
+)
 SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
 
 
@@ -530,11 +534,6 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         *conditions(settings),
         *problems(settings, seeds),
     ]
-    packed: dict[str, bytes] = {}
-    try:
-        packed = collect_correct(settings)
-    except UserError as error:
-        notes.append(f"{CORRECT} is not written: {error}")
     text = markdown(TITLES, rows) + "".join(f"\n- {note}" for note in notes) + "\n"
     per_run = []
     for setting in settings:
@@ -550,7 +549,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         "ablation.csv": as_csv(columns, numbers),
         "runs.csv": as_csv(run_columns, per_run),
         "ablation.png": draw(settings),
-        **packed,
+        CORRECT: collect_correct(settings),
     }
 
 
@@ -586,6 +585,7 @@ def compare_with_bases(settings: Sequence[Setting]) -> list[str]:
     for base in dict.fromkeys(setting.base for setting in settings if setting.base):
         for setting in (s for s in settings if s.base is base and s.correct and base.results):
             try:
+                check_same_images(setting)
                 setting.comparison = compare(setting.correct, base.results)
             except UserError as error:
                 failed.append(f"{setting.name}: no test: {error}")
@@ -610,17 +610,21 @@ def compare_with_bases(settings: Sequence[Setting]) -> list[str]:
     return notes + failed
 
 
-def collect_correct(settings: Sequence[Setting]) -> dict[str, bytes]:
-    """correct.npz for all runs; nothing if no run has one.
+def check_same_images(setting: Setting) -> None:
+    """Raises UserError if a setting and its base are evaluated on different images."""
+    before, now = comparable(setting.base.values), comparable(setting.values)
+    for key in CHOOSE_IMAGES:
+        if now.get(key) != before.get(key):
+            raise UserError(f"its {key} is {now.get(key)!r}, the base's {before.get(key)!r}; accepted: the same images")
 
-    Raises:
-        UserError: the runs were evaluated on different numbers of images.
-    """
+
+def collect_correct(settings: Sequence[Setting]) -> bytes:
+    """correct.npz of all runs that have one."""
     times = Counter(setting.name for setting in settings if setting.correct)
     results = {
         s.name if times[s.name] == 1 else f"{s.values['MODEL.NAME']}_{s.name}": s.correct for s in settings if s.correct
     }
-    return {CORRECT: pack_results(results)} if results else {}
+    return pack_results(results)
 
 
 def state(setting: Setting, seed: int) -> tuple[str, str]:

@@ -51,7 +51,7 @@ from config import leaves, load_config
 # Where and how a run is kept: results do not depend on these
 BOOKKEEPING = (
     *("OUTPUT", "TAG", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "PRINT_FREQ", "SAVE_FREQ", "TIMEOUT"),
-    *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME"),
+    *("SAVE_MINUTES", "SAVE_STEPS", "KEEP_CHECKPOINTS", "TRAIN.AUTO_RESUME", "TEST.INTERVAL"),
 )
 # Data sets that do not depend on the path
 SAME_ANYWHERE = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "KMNIST", "EMNIST", "digits")
@@ -239,7 +239,7 @@ _sizes: dict[str, Count | None] = {}
 def model_size(config: Any) -> Count | None:
     """The size of a config's model, counted once; None if it cannot be built."""
     values = leaves(config)
-    keys = [key for key in values if key.startswith("MODEL.")] + ["DATA.IMG_SIZE", "DATA.DATASET"]
+    keys = [key for key in values if key.startswith("MODEL.")] + ["DATA.IMG_SIZE", "DATA.DATASET", "DATA.EMNIST_SPLIT"]
     key = repr([values[key] for key in keys if key not in ("MODEL.PRETRAINED", "MODEL.RESUME")])
     if key not in _sizes:
         try:

@@ -46,6 +46,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from torchvision.datasets import EMNIST
 
 from config import image_size, load_config
 from models import build_model, idle_keys
@@ -53,7 +54,7 @@ from models.build import ModelError
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
-CLASSES |= {"FashionMNIST": 10, "MNIST": 10, "KMNIST": 10, "EMNIST": 47}  # EMNIST's default split
+CLASSES |= {"FashionMNIST": 10, "MNIST": 10, "KMNIST": 10}  # EMNIST's depends on its split
 BATCH = 2  # the least with which BatchNorm trains on a 1 x 1 map
 
 
@@ -196,6 +197,8 @@ def without_data(config):
     usually has if it does not say how many, and without recomputing activations, which hides what a pass keeps."""
     config = config.clone()
     config.defrost()
+    if config.DATA.DATASET == "EMNIST" and not config.MODEL.NUM_CLASSES:
+        config.MODEL.NUM_CLASSES = len(EMNIST.classes_split_dict[config.DATA.EMNIST_SPLIT])
     config.MODEL.NUM_CLASSES = config.MODEL.NUM_CLASSES or CLASSES.get(config.DATA.DATASET, 1000)
     config.TRAIN.USE_CHECKPOINT = False
     return config

@@ -1,22 +1,34 @@
 #!/usr/bin/env bash
 # From a fresh machine to a trained Strip-MLP: sets up, trains, evaluates the best checkpoint and draws the training
 # curves. Needs Python 3.10 or newer and no GPU.
-#   bash tools/quickstart.sh                         scikit-learn's handwritten digits: a minute, nothing to download
-#   bash tools/quickstart.sh fashion_mnist [FOLDER]  Fashion-MNIST, 70,000 photographs: an hour or two on 2 cores
-# FOLDER has Fashion-MNIST's files, or gets them by download; default: where Debian's package puts them, or
-# data_fashion_mnist.
-# VENV and PYTHON: see tools/setup_venv.sh. OUTPUT: root of the output folders (default: output).
 set -euo pipefail
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
-cd "$(dirname "$0")/.."
+usage() {
+  cat <<'EOF'
+bash tools/quickstart.sh                         scikit-learn's handwritten digits: a minute, nothing to download
+bash tools/quickstart.sh fashion_mnist [FOLDER]  Fashion-MNIST, 70,000 photographs: an hour or more on 2 cores
+FOLDER has Fashion-MNIST's files, or gets them by download. Default: where Debian's package puts them, or
+data_fashion_mnist in this repository.
+VENV and PYTHON: see tools/setup_venv.sh. OUTPUT: root of the output folders (default: output).
+EOF
+}
+refuse() {
+  echo "error: $1; accepted: digits (the default), or fashion_mnist and a folder" >&2
+  usage >&2
+  exit 2
+}
 
+repository=$(cd "$(dirname "$0")/.." && pwd)
 case ${1:-digits} in
-  digits) config=configs/strip_mlp_pico_digits.yaml name=strip_mlp_pico_digits data=() ;;
+  digits)
+    [ $# -le 1 ] || refuse "${*:2}"
+    config=configs/strip_mlp_pico_digits.yaml name=strip_mlp_pico_digits data=()
+    ;;
   fashion_mnist)
     config=configs/fashion_mnist/strip_mlp_pico.yaml name=strip_mlp_pico_fashion_mnist
-    folder=${2:-}
-    for place in /usr/share/datasets/fashion-mnist data_fashion_mnist; do
-      [ -z "$folder" ] && [ -d $place ] && folder=$place
+    [ $# -le 2 ] || refuse "${*:3}"
+    folder=${2:+$(mkdir -p "$2" && cd "$2" && pwd)}
+    for place in /usr/share/datasets/fashion-mnist "$repository/data_fashion_mnist"; do
+      [ -z "$folder" ] && [ -d "$place" ] && folder=$place
     done
     if [ -z "$folder" ]; then
       cat >&2 <<'EOF'
@@ -29,9 +41,10 @@ EOF
     data=(--data-path "$folder")
     ;;
   -h | --help) usage; exit 0 ;;
-  *) echo "error: $1; accepted: fashion_mnist, or nothing for the digits" >&2; usage >&2; exit 2 ;;
+  *) refuse "$1" ;;
 esac
 
+cd "$repository"
 source tools/setup_venv.sh
 setup_venv requirements.txt requirements/figures.txt
 

@@ -1,4 +1,4 @@
-"""Robustness and calibration of trained models: accuracy under common corruptions, and what confidences are worth.
+"""Robustness and calibration of trained models: accuracy under common corruptions, and expected calibration error.
 
     python tools/robustness.py output/strip_mlp_pico_digits/default/best.pth --output output/robustness
     python tools/robustness.py strip/best.pth swin/best.pth --data-path DATA --output compared --images 5000 --workers 8

@@ -282,7 +282,7 @@ def test_report(configs, tmp_path):
     assert "92.00 ± 2.00" in files["ablation.md"]
     assert "| 2 of 3 | 82.00 ± 2.83 | -10.00 " in files["ablation.md"]
     assert problems(settings, range(3)) == ["a seed 2: stopped after 1 of 2 epochs"]
-    assert row["verdict"] == "" and "have no correct.npz" in files["ablation.md"] and CORRECT not in files
+    assert row["verdict"] == "" and "have no correct.npz" in files["ablation.md"]
     (panel,) = files["ablation.png"].axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["base", "a"]
     assert panel.get_title().endswith("imagenet, 32 x 32 pixels, 2 epochs, batch size 8")
@@ -332,7 +332,6 @@ def test_settings_are_tested_against_their_base(configs, tmp_path):
     assert "images: no test: its runs were evaluated on 100 images, the base's on 200" in text
     assert "damaged_seed0/correct.npz: not a run's correct.npz, or damaged" in text
     assert "cover other images but not other seeds, so there is no verdict: once." in text
-    assert "correct.npz is not written: the runs were evaluated on 100, 200 images" in text
 
     tops, differences = files["ablation.png"].axes
     assert [label.get_text() for label in tops.get_yticklabels()] == [s.name for s in settings]
@@ -344,11 +343,21 @@ def test_settings_are_tested_against_their_base(configs, tmp_path):
     }
     assert drawn == pytest.approx(positions)
 
-    settings = [s for s in settings if s.name != "images"]
     (tmp_path / CORRECT).write_bytes(report(settings, range(5))[CORRECT])
     found = read_results(tmp_path / CORRECT)
-    assert found.keys() == {"base", "worse", "undecided", "once"} and list(found["once"]) == [3]
+    assert found.keys() == {"base", "worse", "undecided", "once", "images"} and list(found["once"]) == [3]
     assert compare(found["worse"], found["base"]).p == float(rows["worse"]["p"])
+
+
+def test_results_on_other_images_are_not_compared(configs, tmp_path):
+    """Though they are as many."""
+    folder = configs(a="BASE: ../base.yaml\nDATA: {VAL_SEED: 1}\n")
+    base, a = load_settings(arguments(folder, output=tmp_path / "out"))
+    for s, options in ((base, ()), (a, ("DATA.VAL_SEED", "1"))):
+        write_run(s, 0, 50.0, tmp_path / "out", *options, correct=right(100))
+        ablate.look(s, 0)
+    files = report([base, a], [0])
+    assert "a: no test: its DATA.VAL_SEED is 1, the base's 0" in files["ablation.md"] and a.comparison is None
 
 
 def test_results_of_another_epoch_are_not_used(configs, tmp_path):

@@ -119,15 +119,20 @@ def test_no_difference_is_rarely_found(seeds):
 def test_results_in_one_file(tmp_path):
     setting, base = results(2, images=13)
     path = tmp_path / "correct.npz"
-    path.write_bytes(pack_results({"a_seed_b": setting, "base": base}))
+    path.write_bytes(pack_results({"a_seed_b": setting, "base": base, "other": {3: np.ones(14, bool)}}))
     found = read_results(path)
-    assert {name: sorted(by_seed) for name, by_seed in found.items()} == {"a_seed_b": [0, 1], "base": [0, 1]}
+    names = {name: sorted(by_seed) for name, by_seed in found.items()}
+    assert names == {"a_seed_b": [0, 1], "base": [0, 1], "other": [3]}
     assert all(np.array_equal(found["a_seed_b"][s], setting[s]) for s in setting)
     with np.load(path) as file:
-        assert file["images"] == 13
+        assert file["images"].tolist() == [13, 13, 13, 13, 14]
         assert np.array_equal(np.unpackbits(file["base_seed1"], count=13), base[1])
-    with pytest.raises(UserError, match="evaluated on 13, 14 images"):
-        pack_results({"a": setting, "base": {0: np.ones(14, bool)}})
+    assert found["other"][3].shape == (14,)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match=r"correct\.npz: no results per image, or damaged"):
         read_results(path)
+
+
+def test_all_images_differ_alike():
+    found = compare({s: np.ones(20, bool) for s in range(3)}, {s: np.zeros(20, bool) for s in range(3)})
+    assert found.interval == (100.0, 100.0) and found.p == 0.0

@@ -102,7 +102,7 @@ def test_some_of_the_samples():
     source = source_of(6, 16, 16)
     chosen = SubsetSource(source, [5, 1, 3], ["b"])
     data = InMemoryDataset(config_with(**SIMPLE), chosen, is_train=False)
-    assert torch.equal(data[0, 0].image[0], torch.from_numpy(source.images[5]))
+    assert torch.equal(data[0, 0].image[0], torch.from_numpy(source.images()[5]))
     assert [data[0, index].target for index in range(3)] == [0, 0, 0]
     assert data.name(1) == "noise image 1"
     assert data.classes == ["b"]

@@ -1,13 +1,15 @@
 """Peers as small as Strip-MLP of 0.7 M parameters, as configs/fashion_mnist/peers builds them."""
 
 import pytest
+import timm
 import torch
 
 from config import leaves, load_config
 from models import build_model
-from models.small_peers import NAMES
+from models.small_peers import default_cfgs
 from tests.helpers import ROOT
 
+NAMES = [name.partition(".")[0].removeprefix("small_") for name in default_cfgs]
 FOLDER = ROOT / "configs/fashion_mnist"
 
 
@@ -27,3 +29,11 @@ def test_peer(name):
     assert 650_000 < sum(parameter.numel() for parameter in model.parameters()) < 760_000
     with torch.no_grad():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["convnext", "resnet", "sparse_mlp", "swin"])
+def test_stages_begin_at_stride_2(name):
+    model = timm.create_model(f"small_{name}", features_only=True)
+    maps = model(torch.randn(1, 3, 32, 32))[-4:]
+    assert [32 // min(sorted(m.shape[1:])[:2]) for m in maps] == [2, 4, 8, 16]
+    assert model.feature_info.reduction()[-4:] == [2, 4, 8, 16]

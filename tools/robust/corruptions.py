@@ -2,7 +2,7 @@
 Common Corruptions and Perturbations" (ICLR 2019), as far as NumPy, SciPy, scikit-image and Pillow make them.
 
 The severities are those of the paper's code (github.com/hendrycks/robustness): of CIFAR-10-C for images of at most 64
-pixels, of ImageNet-C for larger ones. Other than there:
+pixels, of ImageNet-C for larger ones. Differences from that code:
 
 - contrast is lowered around the mean grey level of the image, not around each channel's mean (it is Pillow's);
 - elastic_transform has severities of our own, and no affine part: sizes are relative to the image's;

@@ -29,6 +29,7 @@ from .corruptions import CORRUPTIONS, CorruptedDataset
 
 BINS = 15  # of the confidence, as in Guo et al. (ICML 2017)
 CLEAN = ("clean", 0)
+HELD_OUT = ("VAL_FRACTION", "VAL_SEED")  # keys under DATA that choose images
 
 Condition = tuple[str, int]  # the corruption and its severity
 
@@ -149,6 +150,9 @@ def common_source(subjects: Sequence[Subject]) -> Source:
             what = f"data sets {first.config.DATA.DATASET} and {other.config.DATA.DATASET}"
         elif other_classes({"classes": first.known_classes}, other.known_classes):
             what = "classes of other names"
+        elif different := [key for key in HELD_OUT if first.config.DATA[key] != other.config.DATA[key]]:
+            values = [f"{first.config.DATA[key]!r} and {other.config.DATA[key]!r}" for key in different]
+            what = ", ".join(f"DATA.{key} {both}" for key, both in zip(different, values, strict=True))
         elif images_of(source) != images_of(other.validation_source()):
             what = f"images in {first.config.DATA.DATA_PATH} and {other.config.DATA.DATA_PATH}"
         else:
