@@ -22,7 +22,7 @@ def test_peer(name):
     config, notes = load_config(FOLDER / "peers" / f"{name}.yaml", ["MODEL.NUM_CLASSES", "7"])
     assert not notes
     assert f"small_{name}" == config.MODEL.NAME
-    base, _ = load_config(FOLDER / "strip_mlp_pico.yaml", [])
+    base, _ = load_config(FOLDER / "strip_mlp_pico_patch2.yaml", [])
     changed = {key for key, value in leaves(config).items() if value != leaves(base)[key]}
     assert changed - {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS"} == {"MODEL.TYPE", "MODEL.NAME", "MODEL.NUM_CLASSES"}
     model = build_model(config)
