@@ -310,7 +310,7 @@ def test_imagenet_checkpoint_to_a_folder_of_images(image_folder, tmp_path):
     assert predicted.stdout.count("class") >= 7
 
 
-RECIPES = [*(ROOT / "configs/finetune").glob("*.yaml"), *(ROOT / "configs/transfer_digits").glob("*.yaml")]
+RECIPES = [*(ROOT / "configs/finetune").glob("*.yaml"), *(ROOT / "configs/transfer_fashion_mnist").glob("*.yaml")]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.stem)
