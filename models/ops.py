@@ -27,8 +27,9 @@ def on_gpu(x: Tensor) -> bool:
 
 def by_size(x: Tensor) -> bool:
     """Whether the form may depend on the size of x. On the meta device, where multiply-adds are counted, the layer's
-    own count is wanted. torch.jit.trace would warn of every size that is looked at."""
-    return not x.is_meta and not torch.jit.is_tracing()
+    own count is wanted. Compilers and exporters choose for themselves. torch.jit.trace would warn of every size that is
+    looked at."""
+    return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str | None = None) -> Tensor:

@@ -282,7 +282,8 @@ def test_processes_may_be_fewer_after_a_restart(undisturbed, tmp_path):
     assert "the global batch was" not in result.stdout
     assert f"epoch 1/2 step {step + 1}/22" in result.stdout
     for found, expected in zip(metrics(tmp_path / FOLDER), metrics(undisturbed), strict=True):
-        assert found[1:3] == pytest.approx(expected[1:3], rel=0.05)
+        # Each process normalises over its half of the batch, so the losses are not the same.
+        assert found[1:3] == pytest.approx(expected[1:3], rel=0.08)
 
     result = python(*command(tmp_path / "other", "--batch-size", 16))
     assert "the global batch was 64 images (2 processes), is 16 (1)" in result.stdout
@@ -448,7 +449,7 @@ def test_second_run_in_one_folder(undisturbed, tmp_path):
 def test_loader_process_that_is_killed(processes, tmp_path):
     """All processes end, with a checkpoint, from which the run goes on as if nothing had been."""
     flags = ("--accumulation-steps", 2, "--batch-size", 64 // processes)
-    opts = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 0)
+    opts = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 0, "AUG.COLOR_JITTER", 0.4)  # which is drawn by loader processes
     for run in start(processes, *command(tmp_path / "a", *flags, opts=opts)):
         assert run.wait() == 0
     runs = start(processes, *command(tmp_path / "b", *flags, opts=opts))
@@ -470,7 +471,7 @@ def test_loader_process_that_is_killed(processes, tmp_path):
 
 def test_loader_process_that_hangs(tmp_path):
     """A single process has a watchdog too."""
-    run = Run(*command(tmp_path, opts=("DATA.NUM_WORKERS", 1, "TIMEOUT", 2)))
+    run = Run(*command(tmp_path, opts=("DATA.NUM_WORKERS", 1, "TIMEOUT", 2, "AUG.COLOR_JITTER", 0.4)))
     run.wait_for("epoch 1/2 step 2")
     (worker,) = children(run.process)[-1:]
     os.kill(worker, signal.SIGSTOP)

@@ -217,7 +217,8 @@ def test_layer_decay(pretrained, tmp_path):
 @pytest.mark.slow
 def test_moving_average(pretrained, tmp_path):
     """It is what the recurrence gives, what is evaluated, and what main_eval.py takes."""
-    opts = ("TRAIN.EMA_DECAY", 0.5, "TRAIN.BASE_LR", 0.05, "SAVE_STEPS", 1, "TRAIN.EPOCHS", 2)
+    # With seed 0, both happen to be right about as many images.
+    opts = ("TRAIN.EMA_DECAY", 0.5, "TRAIN.BASE_LR", 0.05, "SAVE_STEPS", 1, "TRAIN.EPOCHS", 2, "SEED", 1)
     content, metrics, printed = fine_tune(tmp_path, pretrained, *opts)
     last, previous = content, read_checkpoint(tmp_path / RUN / "default/previous.pth")
     assert last["epoch"] == 2 and previous["progress"]["step"] == 1  # of the two of the last epoch
