@@ -30,7 +30,25 @@ class Sample(NamedTuple):
     readable: bool  # False: the file of `index` could not be read
 
 
-class ClassificationDataset(Dataset):
+class SourceDataset(Dataset):
+    """The samples of a source, for training or evaluation."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in label order, printable; empty if the data has none."""
+        return class_names(self.source)
+
+    def name(self, index: int) -> str:
+        """What a person would look for to find sample `index`: its path."""
+        return self.source.name(index)
+
+
+class ClassificationDataset(SourceDataset):
     """Samples of a source, transformed.
 
     In training, an unreadable file is replaced by the next one in the list. In evaluation it comes as a black image,
@@ -52,9 +70,6 @@ class ClassificationDataset(Dataset):
         self.image_size = image_size
         self.seed = seed
         self.is_train = is_train
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -81,15 +96,6 @@ class ClassificationDataset(Dataset):
     def view(self, image: Image.Image, index: int) -> Tensor:
         """Sample `index` as evaluation sees it, (3, H, W) uint8. Subclasses may change it."""
         return self.transform(image)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes in label order, printable; empty if the data has none."""
-        return class_names(self.source)
-
-    def name(self, index: int) -> str:
-        """What a person would look for to find sample `index`: its path."""
-        return self.source.name(index)
 
     def _load(self, index: int) -> Image.Image | None:
         try:

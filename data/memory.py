@@ -6,12 +6,11 @@ import torch
 from PIL import Image
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import Resize
 
 from config import image_size
-from data.dataset import Sample
-from data.sources import Source, class_names
+from data.dataset import Sample, SourceDataset
+from data.sources import Source
 from data.transforms import SMALL_IMAGE, draws_per_image, whole_image_interpolation
 
 
@@ -22,7 +21,7 @@ def suits_batches(config, source: Source, is_train: bool) -> bool:
     return small and source.in_memory and not (is_train and draws_per_image(config))
 
 
-class InMemoryDataset(Dataset):
+class InMemoryDataset(SourceDataset):
     """All images of a source, resized once, as one tensor. Gives whole batches: `__getitems__` is what PyTorch's loader
     calls if a data set has it.
 
@@ -39,18 +38,6 @@ class InMemoryDataset(Dataset):
         self.images = resize(source.images(), image_size(config), whole_image_interpolation(config))
         self.targets = torch.tensor(source.targets)
         self._drawn_for = -1  # epoch
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes in label order, printable; empty if the data has none."""
-        return class_names(self.source)
-
-    def name(self, index: int) -> str:
-        """Where to find sample `index`."""
-        return self.source.name(index)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return Sample(*(values[0] for values in self.__getitems__([key])))

@@ -16,13 +16,14 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from config import add_checkpoint_arguments
+from utils import run_entry_point
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +85,19 @@ def load_tool(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_tool(monkeypatch, capsys, tool: ModuleType, *arguments) -> SimpleNamespace:
+    """A tool as its command line runs it, without another process: status, out and err."""
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *map(str, arguments)])
+    status = 0
+    try:
+        run_entry_point(tool.main)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return SimpleNamespace(status=status, out=said.out, err=said.err)
 
 
 def trained_model(*arguments):

@@ -3,7 +3,6 @@ export fails."""
 
 import json
 import logging
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +16,7 @@ from engine.evaluate import evaluate
 from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
-from tests.helpers import ROOT, TINY, python, trained_model
-from utils import run_entry_point
+from tests.helpers import ROOT, TINY, python, run_tool, trained_model
 
 pytestmark = pytest.mark.slow
 
@@ -73,15 +71,7 @@ def measured(trained) -> dict:
 
 def run(monkeypatch, capsys, *arguments) -> SimpleNamespace:
     """The tool, without another process."""
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    status = 0
-    try:
-        run_entry_point(export.main)
-    except SystemExit as ended:
-        status = ended.code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return SimpleNamespace(status=status, out=said.out, err=said.err)
+    return run_tool(monkeypatch, capsys, export, *arguments)
 
 
 def copying(source: Path, change=lambda model: None):

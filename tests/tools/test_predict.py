@@ -19,8 +19,7 @@ from engine.evaluate import evaluate
 from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
-from tests.helpers import ROOT, TINY, python, trained_model
-from utils import run_entry_point
+from tests.helpers import ROOT, TINY, python, run_tool, trained_model
 
 NAMES = ["zero", "one, or I", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -63,16 +62,8 @@ def folder(digits, tmp_path_factory) -> Path:
 
 def run(monkeypatch, capsys, *arguments, stdin: bytes = b"") -> SimpleNamespace:
     """The tool, without another process."""
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-    status = 0
-    try:
-        run_entry_point(predict.main)
-    except SystemExit as ended:
-        status = ended.code
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return SimpleNamespace(status=status, out=said.out, err=said.err)
+    return run_tool(monkeypatch, capsys, predict, *arguments)
 
 
 def objects(text: str) -> list[dict]:

@@ -20,8 +20,7 @@ from data.transforms import build_transform
 from engine.evaluate import evaluate_run
 from models import build_model
 from runtime.distributed import World
-from tests.helpers import ROOT, TINY, python, trained_model, write_image_folder
-from utils import run_entry_point
+from tests.helpers import ROOT, TINY, python, run_tool, trained_model, write_image_folder
 
 pytestmark = pytest.mark.slow
 
@@ -58,14 +57,8 @@ def command(monkeypatch, capsys, tmp_path):
     """Runs the command: (exit status, stdout, stderr)."""
 
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["robustness.py", *map(str, arguments), "--output", str(tmp_path / "out")])
-        status = 0
-        try:
-            run_entry_point(robustness.main)
-        except SystemExit as ended:
-            status = ended.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        said = run_tool(monkeypatch, capsys, robustness, *arguments, "--output", tmp_path / "out")
+        return said.status, said.out, said.err
 
     return run
 

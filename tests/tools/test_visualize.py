@@ -22,8 +22,7 @@ from engine.evaluate import evaluate_run
 from models import StripMLP, build_model
 from models.strip_mlp import StripMLPLayer
 from runtime.distributed import World
-from tests.helpers import ROOT, TINY, python, write_image
-from utils import run_entry_point
+from tests.helpers import ROOT, TINY, python, run_tool, write_image
 
 pytestmark = pytest.mark.slow
 
@@ -53,15 +52,9 @@ def command(monkeypatch, capsys, tmp_path):
     """Runs the command in an empty folder: (exit status, stdout, stderr)."""
 
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
-        try:
-            run_entry_point(visualize.main)
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        said = run_tool(monkeypatch, capsys, visualize, *arguments)
+        return said.status, said.out, said.err
 
     return run
 
