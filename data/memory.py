@@ -11,7 +11,7 @@ from torchvision.transforms import Resize
 from config import image_size
 from data.dataset import Sample, SourceDataset
 from data.sources import Source
-from data.transforms import SMALL_IMAGE, draws_per_image, whole_image_interpolation
+from data.transforms import SMALL_IMAGE, draws_per_image, largest_shift, whole_image_interpolation
 
 
 def suits_batches(config, source: Source, is_train: bool) -> bool:
@@ -25,7 +25,7 @@ class InMemoryDataset(SourceDataset):
     """All images of a source, resized once, as one tensor. Gives whole batches: `__getitems__` is what PyTorch's loader
     calls if a data set has it.
 
-    In training, images are shifted by up to an eighth of their size, with black at the border, and flipped, as in
+    In training, images are shifted by up to AUG.SHIFT of their size, with black at the border, and flipped, as in
     `build_transform`. What is drawn for a sample depends on (seed, epoch, index) alone.
 
     Attributes:
@@ -34,7 +34,7 @@ class InMemoryDataset(SourceDataset):
 
     def __init__(self, config, source: Source, is_train: bool):
         self.source, self.is_train = source, is_train
-        self.seed, self.hflip = config.SEED, config.AUG.HFLIP
+        self.seed, self.hflip, self.most = config.SEED, config.AUG.HFLIP, largest_shift(config)
         self.images = resize(source.images(), image_size(config), whole_image_interpolation(config))
         self.targets = torch.tensor(source.targets)
         self._drawn_for = -1  # epoch
@@ -52,8 +52,7 @@ class InMemoryDataset(SourceDataset):
         return Sample(images, self.targets[indices], indices, torch.ones(len(keys), dtype=torch.bool))
 
     def _augment(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        most = height // 8, width // 8
+        (height, width), most = images.shape[-2:], self.most
         if self._drawn_for != epoch:
             # The spawn key keeps this apart from the order of the samples, which is drawn from (seed, epoch) too.
             draw = np.random.default_rng(np.random.SeedSequence((self.seed, epoch), spawn_key=(1,)))

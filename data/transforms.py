@@ -50,7 +50,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
     """The training transform (random crop, flip, RandAugment or colour jitter) or the evaluation one (resize to
     256 / 224 of the image size, centre crop; by Pillow, as in the released code). Images of at most 32 pixels are
-    resized as a whole, and in training shifted by up to an eighth of their size instead of cropped."""
+    resized as a whole, and in training shifted by up to AUG.SHIFT of their size instead of cropped."""
     size = height, width = image_size(config)
     small = max(size) <= SMALL_IMAGE
     interpolation = whole_image_interpolation(config)
@@ -75,7 +75,8 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         assert isinstance(crop, RandomResizedCropAndInterpolation), "timm's training transform starts with its crop"
         if small:
             resize = transforms.Resize(size, interpolation=whole)
-            shift = transforms.RandomCrop(size, padding=(width // 8, height // 8))
+            down, right = largest_shift(config)
+            shift = transforms.RandomCrop(size, padding=(right, down))
             return transforms.Compose([resize, shift, *others])
         crop = RandomResizedCrop(crop.size, crop.scale, crop.ratio, config.DATA.INTERPOLATION)
         return transforms.Compose([crop, *others])
@@ -90,6 +91,12 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
             smallest = ResizeKeepRatio(cover, interpolation=interpolation)
         resize = [smallest, transforms.CenterCrop(size)]
     return transforms.Compose([*resize, transforms.PILToTensor()])
+
+
+def largest_shift(config) -> tuple[int, int]:
+    """Pixels, down or up and right or left, by which training shifts small images at most."""
+    height, width = image_size(config)
+    return int(config.AUG.SHIFT * height), int(config.AUG.SHIFT * width)
 
 
 def draws_per_image(config) -> bool:

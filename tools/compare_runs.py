@@ -4,9 +4,9 @@
     python tools/compare_runs.py output --output figures
 
 A folder is a run's (with its config.yaml) or is searched for runs. Runs that differ in their seed alone are one model:
-a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4), curves.png,
-runs.md and runs.csv, differences.md and differences.csv. Accuracies are top-1 in percent, after the last epoch unless
-it says "best".
+a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4, and accuracy
+against minutes of training), curves.png, runs.md and runs.csv, differences.md and differences.csv. Accuracies are top-1
+in percent, after the last epoch unless it says "best".
 """
 
 import argparse
@@ -118,6 +118,17 @@ class Run:
         return sum(record.get("seconds", 0.0) for record in self.records)
 
     @property
+    def minutes(self) -> float | None:
+        """Time of training, without evaluation; None if the run does not say."""
+        return self.seconds / 60 or None
+
+    @property
+    def course(self) -> list[tuple[float, float]]:
+        """Minutes of training so far and top-1, after each epoch that was evaluated."""
+        minutes = itertools.accumulate(record.get("seconds", 0.0) / 60 for record in self.records)
+        return [(m, record["top1"]) for m, record in zip(minutes, self.records, strict=True) if "top1" in record]
+
+    @property
     def speed(self) -> float | None:
         """Images per second in training, of the median epoch."""
         speeds = [record["images_per_second"] for record in self.records if "images_per_second" in record]
@@ -198,6 +209,12 @@ class Model:
         """The size of its model; None if that cannot be built."""
         return model_size(self.runs[0].config)
 
+    def cost(self, what: str) -> float | None:
+        """Its "parameters" or "macs", or its mean "minutes" of training; None if unknown."""
+        if what == "minutes":
+            return self.statistics("minutes")[0]
+        return getattr(self.size, what, None)
+
     @property
     def family(self) -> str:
         """Runs of the same family share a colour."""
@@ -260,26 +277,27 @@ def whole(number: float | None) -> str:
     return "-" if number is None else f"{number:,.0f}"
 
 
-TITLES = ("model", "runs", "epochs", "top-1, %", "best, %", "parameters", "MACs", "images/s", "remark")
+TITLES = ("model", "runs", "epochs", "top-1, %", "best, %", "parameters", "MACs", "minutes", "images/s", "remark")
 
 
 def table(models: Sequence[Model], runs: Sequence[Run]) -> tuple[str, str]:
     """One row per model, and one per run whose config cannot be read, as Markdown and as CSV."""
     rows, numbers = [], []
     for model in models:
-        last, best, speed = map(model.statistics, ("last", "best", "speed"))
-        parameters, macs = (model.size.parameters, model.size.macs) if model.size else (None, None)
+        last, best, (speed, _) = map(model.statistics, ("last", "best", "speed"))
+        parameters, macs, minutes = map(model.cost, ("parameters", "macs", "minutes"))
         epochs = min(run.epochs for run in model.counted)
         remark = _remark(model)
-        cells = (with_deviation(*last), with_deviation(*best), whole(parameters), whole(macs), whole(speed[0]))
+        time = "-" if minutes is None else f"{minutes:.1f}"
+        cells = (with_deviation(*last), with_deviation(*best), whole(parameters), whole(macs), time, whole(speed))
         rows.append((model.name, len(model.counted), epochs, *cells, remark))
-        numbers.append((model.name, len(model.counted), epochs, *last, *best, parameters, macs, speed[0], remark))
+        numbers.append((model.name, len(model.counted), epochs, *last, *best, parameters, macs, minutes, speed, remark))
     for run in runs:
         if not run.values:
-            rows.append((run.path, "-", "-", "-", "-", "-", "-", "-", run.problem))
-            numbers.append((run.path, 0, *(None,) * 8, run.problem))
+            rows.append((run.path, *("-",) * 8, run.problem))
+            numbers.append((run.path, 0, *(None,) * 9, run.problem))
     columns = ("model", "runs", "epochs", "top1", "top1_std", "best", "best_std", "parameters", "macs")
-    return markdown(TITLES, rows), as_csv((*columns, "images_per_second", "remark"), numbers)
+    return markdown(TITLES, rows), as_csv((*columns, "minutes", "images_per_second", "remark"), numbers)
 
 
 def _remark(model: Model) -> str:
@@ -308,9 +326,10 @@ def differences(models: Sequence[Model]) -> tuple[str, str] | None:
 
 
 def draw_accuracy(models: Sequence[Model]) -> Figure:
-    """The paper's figure 4: top-1 against parameters and against multiply-adds. Models of one family that differ in
-    name are a line; variations of one model are points."""
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    """The paper's figure 4, top-1 against parameters and against multiply-adds, and top-1 against minutes of training,
+    there with a thin line for the epochs before the last. Models of one family that differ in name are a line;
+    variations of one model are points."""
+    figure = Figure(figsize=(18, 5.5), layout="constrained")
     shown = [model for model in models if model.size and model.statistics("last")[0] is not None]
     families: dict[str, list[Model]] = {}
     for model in models:
@@ -320,31 +339,44 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
         drawn = [model.runs[0].values["MODEL.NAME"] for model in members if model in shown]
         is_line = len(set(drawn)) == len(drawn)
         lines |= {family: members} if is_line else {model.name: [model] for model in members}
-    for axes, what, name in zip(figure.subplots(1, 2), ("parameters", "macs"), ("Parameters", "MACs"), strict=True):
-        most = max((getattr(model.size, what) for model in shown), default=0)
-        unit, prefix = (1e9, "G") if most >= 1e9 else (1e6, "M")
+    for axes, what in zip(figure.subplots(1, 3), ("parameters", "macs", "minutes"), strict=True):
+        points = [model for model in shown if model.cost(what) is not None]
+        name, unit = _axis(what, max((model.cost(what) for model in points), default=0))
         for label, unsorted in lines.items():
             number = models.index(unsorted[0])  # its colour is that of the learning curve
-            members = sorted(set(unsorted) & set(shown), key=lambda model: getattr(model.size, what))
+            members = sorted(set(unsorted) & set(points), key=lambda model: model.cost(what))
             if not members:
                 continue
-            x = [getattr(model.size, what) / unit for model in members]
+            x = [model.cost(what) / unit for model in members]
             y, deviations = zip(*(model.statistics("last") for model in members), strict=True)
             style = {"color": COLORS[number % len(COLORS)], "marker": "os^Dv"[number // len(COLORS) % 5], "capsize": 3}
+            if what == "minutes":
+                style["linestyle"] = ""
+                for run in (run for model in members for run in model.counted):
+                    axes.plot(*zip(*run.course, strict=True), color=style["color"], linewidth=0.8, alpha=0.6)
             axes.errorbar(x, y, [deviation or 0 for deviation in deviations], label=plain(label), **style)
             for model, point in zip(members, zip(x, y, strict=True), strict=True):
                 if model.name != label:
                     offset = {"textcoords": "offset points", "xytext": (6, 4)}
                     axes.annotate(model.name, point, fontsize=8, parse_math=False, **offset)
-        axes.set_xlabel(f"{name} ({prefix})", fontsize=12)
+        axes.set_xlabel(name, fontsize=12)
         axes.set_ylabel("Top-1 (%)", fontsize=12)
         axes.margins(0.15)
         axes.grid(alpha=0.3)
-        if not shown:
+        if not points:
             axes.text(0.5, 0.5, "no run has an accuracy yet", transform=axes.transAxes, ha="center")
             axes.set(xticks=[], yticks=[])
     _legend(figure)
     return figure
+
+
+def _axis(what: str, most: float) -> tuple[str, float]:
+    """The title of an axis, and the unit of its numbers."""
+    if what == "minutes":
+        return "Minutes of training", 1
+    unit, prefix = (1e9, "G") if most >= 1e9 else (1e6, "M")
+    name = {"parameters": "Parameters", "macs": "MACs"}[what]
+    return f"{name} ({prefix})", unit
 
 
 def plain(name: str) -> str:

@@ -55,6 +55,8 @@ def test_seeds_are_one_model(run_folder, tmp_path):
     assert float(both["top1_std"]) == pytest.approx(50**0.5)  # of a sample: sqrt(((80 - 75)^2 + (70 - 75)^2) / 1)
     assert (both["runs"], both["epochs"], both["images_per_second"]) == ("2", "3", "200.0")
     assert (both["parameters"], both["macs"]) == ("707608", "2296992")
+    assert float(both["minutes"]) == pytest.approx(3 * 1.5 / 60)
+    assert models[0].runs[0].course == [(0.025, 50.0), (0.05, 90.0), (pytest.approx(0.075), 80.0)]
     assert rows["wide"]["top1_std"] == ""
     assert rows["wide"]["parameters"] == "710872"
     assert "75.00 ± 7.07" in text

@@ -43,12 +43,14 @@ def by_key_of_evaluation(loader) -> dict[int, tuple]:
 
 
 @pytest.mark.parametrize(("hflip", "flips"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
-@pytest.mark.parametrize("size", [16, [16, 8]])
-def test_training_shifts_and_flips(hflip, flips, size):
+@pytest.mark.parametrize(
+    ("size", "shift", "most"), [(16, 0.125, (2, 2)), ([16, 8], 0.125, (2, 1)), (16, 0.0625, (1, 1)), (16, 0.0, (0, 0))]
+)
+def test_training_shifts_and_flips(hflip, flips, size, shift, most):
     source = source_of(400, 16, 16)
-    config = config_with(**{**SIMPLE, "AUG__HFLIP": hflip})
+    config = config_with(**{**SIMPLE, "AUG__HFLIP": hflip, "AUG__SHIFT": shift})
     config.DATA.IMG_SIZE = size
-    (height, width), (down, right) = ((16, 16), (2, 2)) if size == 16 else ((16, 8), (2, 1))
+    (height, width), (down, right) = (size, size) if isinstance(size, int) else size, most
     whole = InMemoryDataset(config, source, is_train=False)
     seen = set()
     for index, (image, target, _) in by_key(build_train_loader(config, source, world()), 0).items():
