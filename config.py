@@ -235,7 +235,7 @@ key("TRAIN.OPTIMIZER.FUSED", True)
 # ---------------------------------------------------------------------------------------------------------------------
 # Probability of a horizontal flip
 key("AUG.HFLIP", 0.5, within(0, 1))
-# Images of IMG_SIZE <= 32, which are not cropped: the largest shift in each direction, as a fraction of height and width
+# Images of IMG_SIZE <= 32, which are not cropped: the largest shift, as a fraction of height and width
 key("AUG.SHIFT", 0.125, within(0, 0.5))
 # Not applied if AUTO_AUGMENT is on (timm's rule).
 key("AUG.COLOR_JITTER", 0.4, at_least(0))
