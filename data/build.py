@@ -14,8 +14,10 @@ from config import image_size
 from data.arrays import by_class
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
 from data.errors import DataError
+from data.hfds import hf_sources
 from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
+from data.shards import ShardSource
 from data.sources import ArraySource, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, main_process_first
@@ -66,6 +68,12 @@ def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
         with main_process_first(world):
             return {is_train: _cifar(config, is_train) for is_train in wanted}
     names = {True: "train", False: "val"}
+    if name == "wds":
+        root = _root(config)
+        with main_process_first(world):  # it writes the index that the others read
+            return {is_train: ShardSource(root, names[is_train]) for is_train in wanted}
+    if name == "hfds":
+        return hf_sources(config, world, train, val)
     if config.DATA.ZIP_MODE:
         root = _root(config)
         return {
