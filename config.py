@@ -75,9 +75,11 @@ def key(name: str, default: Any, limit: Limit | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-# imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate;
-# CIFAR10, CIFAR100: downloaded on first use; FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
-# they are not there; 101_ObjectCategories: made by tools/categories101_train_val_split.py; digits: 1,797 handwritten
+# imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate.
+# wds: WebDataset's tar files, *train*.tar and *val*.tar, which tools/make_shards.py makes of such folders.
+# hfds: an image data set of Hugging Face's library: a folder of parquet files or of save_to_disk, or a name on the hub.
+# CIFAR10, CIFAR100: downloaded on first use. FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
+# they are not there. 101_ObjectCategories: made by tools/categories101_train_val_split.py. digits: 1,797 handwritten
 # digits that come with scikit-learn.
 key(
     "DATA.DATASET",
@@ -85,6 +87,8 @@ key(
     one_of(
         "imagenet",
         "imagenet-1k",
+        "wds",
+        "hfds",
         "CIFAR10",
         "CIFAR100",
         "FashionMNIST",
@@ -96,6 +100,9 @@ key(
     ),
 )
 key("DATA.DATA_PATH", "", PATH)
+# hfds only: the columns of images and of labels; empty: the only ones of these types
+key("DATA.IMAGE_COLUMN", "")
+key("DATA.LABEL_COLUMN", "")
 # EMNIST only: which of its data sets
 key("DATA.EMNIST_SPLIT", "balanced", one_of("byclass", "bymerge", "balanced", "letters", "digits", "mnist"))
 # More than 0: validation is this fraction of each class of the training images, drawn with VAL_SEED alone, and training

@@ -11,13 +11,18 @@ from torchvision import datasets
 from yacs.config import CfgNode
 
 from config import image_size
+from data.arrays import by_class
 from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.errors import DataError
+from data.hfds import hf_sources
 from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
-from data.sources import ArraySource, DataError, FolderSource, Source, SubsetSource, ZipSource
+from data.shards import ShardSource
+from data.sources import ArraySource, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, main_process_first
 from runtime.signals import ignore_signals
+from runtime.slurm import is_task
 from utils import printable
 
 DIGITS_TEST_IMAGES = 360  # 20 % of 1,797, rounded up
@@ -62,14 +67,20 @@ def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
     if name in ("CIFAR10", "CIFAR100"):
         with main_process_first(world):
             return {is_train: _cifar(config, is_train) for is_train in wanted}
+    names = {True: "train", False: "val"}
+    if name == "wds":
+        root = _root(config)
+        with main_process_first(world):  # it writes the index that the others read
+            return {is_train: ShardSource(root, names[is_train]) for is_train in wanted}
+    if name == "hfds":
+        return hf_sources(config, world, train, val)
     if config.DATA.ZIP_MODE:
         root = _root(config)
-        names = {True: "train", False: "val"}
         return {
             is_train: ZipSource(root / f"{names[is_train]}.zip", root / f"{names[is_train]}_map.txt")
             for is_train in wanted
         }
-    return _folders(config, train, val)
+    return _folders(config, world, train, val)
 
 
 def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
@@ -83,10 +94,9 @@ def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
     Raises:
         DataError: a class of a single sample.
     """
-    targets = np.array(source.targets)
     held = np.zeros(len(source), bool)
-    for label, name in enumerate(source.classes):
-        indices = np.flatnonzero(targets == label)
+    of_class = by_class(source.targets, len(source.classes))
+    for label, (name, indices) in enumerate(zip(source.classes, of_class, strict=True)):
         if len(indices) == 1:
             raise DataError(
                 f"DATA.VAL_FRACTION is {fraction}, but the training data has 1 of {printable(name)}; "
@@ -96,8 +106,8 @@ def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
         if len(indices):  # EMNIST's letters have a class without images
             held[np.random.default_rng((seed, label)).permutation(indices)[:count]] = True
     return {
-        True: SubsetSource(source, np.flatnonzero(~held).tolist(), source.classes),
-        False: SubsetSource(source, np.flatnonzero(held).tolist(), source.classes),
+        True: SubsetSource(source, np.flatnonzero(~held), source.classes),
+        False: SubsetSource(source, np.flatnonzero(held), source.classes),
     }
 
 
@@ -122,18 +132,19 @@ def select(source: Source, classes: str, per_class: int = 0, seed: int = 0) -> S
             some = ", ".join(map(printable, source.classes[:10])) + " ..." * (len(source.classes) > 10)
             unknown = ", ".join(map(repr, unknown[:5])) or "nothing"
             raise DataError(f"DATA.CLASSES has {unknown}, which the data has not; its classes: {some}")
-    targets = np.array(source.targets)
+    of_class = by_class(source.targets, len(source.classes))
+    labels = {name: label for label, name in enumerate(source.classes)}
     chosen = []
     for name in names:
-        indices = np.flatnonzero(targets == source.classes.index(name))
+        indices = of_class[labels[name]]
         if per_class > len(indices):
             raise DataError(
                 f"DATA.IMAGES_PER_CLASS is {per_class}, but the training data has {len(indices)} of {printable(name)}"
             )
         if per_class:
-            indices = np.random.default_rng((seed, source.classes.index(name))).permutation(indices)[:per_class]
+            indices = np.random.default_rng((seed, labels[name])).permutation(indices)[:per_class]
         chosen.append(indices)
-    return SubsetSource(source, np.sort(np.concatenate(chosen)).tolist(), names)
+    return SubsetSource(source, np.sort(np.concatenate(chosen)), names)
 
 
 def _read_names(path: str) -> list[str]:
@@ -213,9 +224,7 @@ def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop
     in_memory = isinstance(dataset, InMemoryDataset)
     workers = 0 if in_memory else config.DATA.NUM_WORKERS  # a batch takes less than its way between two processes
     if workers < 0:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, cores // local_size)
+        workers = min(8, _cores())
     return DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
@@ -227,6 +236,14 @@ def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,
     )
+
+
+def _cores() -> int:
+    """This process's share of the CPU cores."""
+    if is_task(os.environ) and os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _fill_cache(config, source: Source, world: World) -> None:
@@ -245,7 +262,7 @@ def _root(config) -> Path:
     return root
 
 
-def _folders(config, train: bool, val: bool) -> dict[bool, Source]:
+def _folders(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
     root = _root(config)
     splits = {}
     for is_train, name, wanted in ((True, "train", train), (False, "val", val)):
@@ -256,7 +273,8 @@ def _folders(config, train: bool, val: bool) -> dict[bool, Source]:
             if config.DATA.DATASET == "101_ObjectCategories":
                 hint = f"; make it: python tools/categories101_train_val_split.py --source {root} --output <folder>"
             raise DataError(f"{root}: no folder {name}/ in it; accepted: train/ and val/, one folder per class{hint}")
-        splits[is_train] = FolderSource(root / name)
+        with main_process_first(world):  # it writes the index that the others read
+            splits[is_train] = FolderSource(root / name)
     return splits
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from data.sources import DataError, Source, class_names
+from data.errors import DataError
+from data.sources import Source, class_names
 from utils import seed_all
 
 # Files tried in place of an unreadable one. If so many in a row cannot be read, the data set is broken.
@@ -77,7 +78,7 @@ class ClassificationDataset(SourceDataset):
             image = self._load(index)
             readable = image is not None
             pixels = self.view(image, index) if readable else torch.zeros(3, *self.image_size, dtype=torch.uint8)
-            return Sample(pixels, self.source.targets[index], index, readable)
+            return Sample(pixels, self._target(index), index, readable)
 
         candidates = [(index + i) % len(self) for i in range(min(MOST_REPLACEMENTS, len(self)))]
         for chosen in candidates:
@@ -91,11 +92,14 @@ class ClassificationDataset(SourceDataset):
         with _random_state_kept():
             seed_all(self.seed, epoch, index, cuda=False)
             image = self.transform(image)
-        return Sample(image, self.source.targets[chosen], index, chosen == index)
+        return Sample(image, self._target(chosen), index, chosen == index)
 
     def view(self, image: Image.Image, index: int) -> Tensor:
         """Sample `index` as evaluation sees it, (3, H, W) uint8. Subclasses may change it."""
         return self.transform(image)
+
+    def _target(self, index: int) -> int:
+        return int(self.source.targets[index])
 
     def _load(self, index: int) -> Image.Image | None:
         try:
@@ -142,7 +146,7 @@ class TrainSampler(Sampler):
             order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
         else:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)[self.rank :: self.size]
-        return iter([(self.epoch, int(index)) for index in order[self.start : len(self)]])
+        return keys(self.epoch, order[self.start : len(self)])
 
 
 class EvalSampler(Sampler):
@@ -155,4 +159,10 @@ class EvalSampler(Sampler):
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter([(0, index) for index in self.indices])
+        return ((0, index) for index in self.indices)
+
+
+def keys(epoch: int, indices: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(epoch, index) for each of the indices, a few of them in memory at a time."""
+    for start in range(0, len(indices), 1024):
+        yield from ((epoch, index) for index in indices[start : start + 1024].tolist())

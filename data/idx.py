@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from torchvision import datasets
 
-from data.sources import ArraySource, DataError, Source
+from data.errors import DataError
+from data.sources import ArraySource, Source
 from runtime.distributed import World, main_process_first
 from utils import printable, shorten
 

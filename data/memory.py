@@ -36,7 +36,7 @@ class InMemoryDataset(SourceDataset):
         self.source, self.is_train = source, is_train
         self.seed, self.hflip, self.most = config.SEED, config.AUG.HFLIP, largest_shift(config)
         self.images = resize(source.images(), image_size(config), whole_image_interpolation(config))
-        self.targets = torch.tensor(source.targets)
+        self.targets = torch.tensor(source.targets, dtype=torch.int64)
         self._drawn_for = -1  # epoch
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:

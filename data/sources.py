@@ -5,14 +5,16 @@ import os
 import stat
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import UserError, printable, shorten
+from data.arrays import Strings
+from data.errors import DataError, UnreadableImage
+from data.listing import list_folder
+from utils import printable, shorten
 
 # A file or zip member that is larger, or claims to be, is not read into memory.
 MOST_FILE_BYTES = 2**28
@@ -22,26 +24,18 @@ MOST_CLASSES = 1_000_000
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
-class UnreadableImage(OSError):
-    """A file that cannot be read as an image."""
-
-
-class DataError(UserError):
-    """A data set that is missing, incomplete or not what the config says."""
-
-
 class Source(ABC):
     """A list of labelled images.
 
     Attributes:
         classes: class names, in label order.
-        targets: label of each sample, an index into `classes`.
+        targets: (N,) int32, the label of each sample, an index into `classes`.
         has_names: False if the data does not name its classes, so that `classes` are numbers.
         in_memory: whether `images` gives all of them at once.
     """
 
     classes: list[str]
-    targets: list[int]
+    targets: np.ndarray
     has_names = True
     in_memory = False
 
@@ -88,36 +82,23 @@ class FileSource(Source):
 
 
 class FolderSource(FileSource):
-    """One folder per class, in alphabetical order: the same samples in the same order as torchvision's ImageFolder.
+    """A folder with one folder per class, as `list_classes` lists it.
 
     Raises:
-        DataError: no such folder, no class folders, a class folder without images, or a folder reached twice by links.
+        DataError: see there.
     """
 
     def __init__(self, root: Path):
         super().__init__()
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
-        self.classes = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
-        if not self.classes:
-            raise DataError(f"{root}: has no class folders; accepted: one folder of images per class")
-        self.targets, self._paths = [], []
-        found = {os.path.realpath(root): str(root)}
-        for label, name in enumerate(self.classes):
-            images = find_images(os.path.join(root, name), found)
-            self._paths += images
-            self.targets += [label] * len(images)
-        empty = [self.classes[label] for label in sorted(set(range(len(self.classes))) - set(self.targets))]
-        if empty:
-            raise DataError(
-                f"{root}: no images in {shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
-            )
+        self._root = os.path.join(root, "")
+        listing = list_folder(root)
+        self.classes, self._paths, self.targets = listing.classes, listing.paths, listing.targets
 
     def read(self, index: int) -> bytes:
-        return read_file(self._paths[index])
+        return read_file(self._root + self._paths[index])
 
     def name(self, index: int) -> str:
-        return printable(self._paths[index])
+        return printable(self._root + self._paths[index])
 
 
 class ZipSource(FileSource):
@@ -135,7 +116,7 @@ class ZipSource(FileSource):
         for path in (archive, listing):
             if not path.is_file():
                 raise DataError(f"{path}: no such file; --zip needs {archive.name} and {listing.name} in one folder")
-        self._members, self.targets = [], []
+        members, targets = [], []
         try:
             lines = listing.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
@@ -144,18 +125,19 @@ class ZipSource(FileSource):
             member, _, label = line.rpartition("\t")
             if not member or not label.isdecimal() or len(label) > 18 or int(label) >= MOST_CLASSES:
                 raise DataError(f"{listing}, line {number}: {line[:200]!r}; accepted: path, tab, label (0, 1, 2, ...)")
-            self._members.append(member)
-            self.targets.append(int(label))
-        if not self.targets:
+            members.append(member)
+            targets.append(int(label))
+        if not targets:
             raise DataError(f"{listing}: lists no images")
         try:
             with zipfile.ZipFile(archive) as file:
-                missing = sorted(set(self._members) - set(file.namelist()))
+                missing = sorted(set(members) - set(file.namelist()))
         except Exception as error:  # zipfile can raise anything on damaged and hostile archives
             raise DataError(f"{archive}: not a zip file, or damaged: {printable(str(error))}") from error
         if missing:
             raise DataError(f"{archive}: lacks {shorten(missing)}, which {listing.name} lists")
-        self.classes = [str(label) for label in range(max(self.targets) + 1)]
+        self._members, self.targets = Strings.of(members), np.array(targets, np.int32)
+        self.classes = [str(label) for label in range(max(targets) + 1)]
         self.has_names = False
 
     def read(self, index: int) -> bytes:
@@ -189,7 +171,7 @@ class ArraySource(Source):
     def __init__(self, images: np.ndarray, targets: Sequence[int], classes: Sequence[str], title: str):
         self._images = images
         self._title = title
-        self.targets = [int(target) for target in targets]
+        self.targets = np.asarray(targets, np.int32)
         self.classes = list(classes)
 
     def images(self) -> np.ndarray:
@@ -214,10 +196,11 @@ class SubsetSource(Source):
     """
 
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
-        label = {source.classes.index(name): new for new, name in enumerate(classes)}
-        self._source, self._indices = source, list(indices)
+        self._source, self._indices = source, np.asarray(indices, np.int64)
         self.classes, self.has_names, self.in_memory = list(classes), source.has_names, source.in_memory
-        self.targets = [label[source.targets[index]] for index in self._indices]
+        new = {name: label for label, name in enumerate(classes)}
+        new_labels = np.array([new.get(name, -1) for name in source.classes], np.int32)
+        self.targets = new_labels[source.targets[self._indices]]
 
     def images(self) -> np.ndarray:
         return self._source.images()[self._indices]
@@ -230,20 +213,6 @@ class SubsetSource(Source):
 
     def cache(self, indices: Iterable[int]) -> None:
         self._source.cache(self._indices[index] for index in indices)
-
-
-def find_images(top: str | Path, found: dict[str, str] | None = None) -> list[str]:
-    """Paths of the files with an image's extension in a folder and below it, in torchvision's order: folders sorted,
-    and the files of each sorted.
-
-    Args:
-        found: see `_walk`.
-
-    Raises:
-        DataError: links lead to the same folder twice.
-    """
-    folders = sorted(_walk(os.fspath(top), {} if found is None else found))
-    return [os.path.join(folder, file) for folder, files in folders for file in sorted(files) if _is_image(file)]
 
 
 def read_file(path: str) -> bytes:
@@ -282,28 +251,3 @@ def decode(encoded: bytes, name: str) -> Image.Image:
 def class_names(source: Source) -> list[str]:
     """Names of the classes in label order, printable, as a checkpoint has them; empty if the data has none."""
     return [printable(name) for name in source.classes] if source.has_names else []
-
-
-def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """`top` and the folders below it, with the names of their files. Links are followed.
-
-    Args:
-        found: the folders met so far by their real paths; added to.
-
-    Raises:
-        DataError: a link leads to a folder met before, or to one that contains it, which would never end.
-    """
-    for folder, _, files in os.walk(top, followlinks=True):
-        # Made absolute first: the parent of "." or "images/" cannot be read off the path.
-        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
-        other = found.setdefault(real, folder)
-        if other != folder:
-            both = f"{printable(other)} and {printable(folder)}"
-            raise DataError(f"{both} are the same folder through links: its images would count twice")
-        if os.path.commonpath([real, outer]) == real:
-            raise DataError(f"{printable(folder)} is a link to a folder that contains it")
-        yield folder, files
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.slurm import announce_tasks, is_task
 from utils import UserError
 
 # How long processes wait for each other at least. Downloading data or filling a cache takes less.
@@ -44,7 +45,8 @@ class World:
 
 
 def init_world(device: str, local_rank: int | None = None, timeout: timedelta = TIMEOUT) -> World:
-    """Joins the process group that a launcher announced in the environment; without one, the world is this process.
+    """Joins the process group that a launcher (torchrun, or Slurm's srun) announced in the environment; without one,
+    the world is this process.
 
     Args:
         device: "auto" (CUDA if there is a device), "cpu" or "cuda".
@@ -54,6 +56,7 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
     Raises:
         UserError: CUDA asked for and absent, or fewer GPUs than processes on this machine.
     """
+    announce_tasks(os.environ)
     # torchrun and torch.distributed.launch set all of these.
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -62,13 +65,14 @@ def init_world(device: str, local_rank: int | None = None, timeout: timedelta = 
 
     gpus = torch.cuda.device_count()
     if device == "cuda" or (device == "auto" and gpus > 0):
-        if local_size > gpus:
+        own = gpus == 1 and is_task(os.environ)  # srun --gpus-per-task 1 shows a task its own GPU only
+        if local_size > gpus and not own:
             raise UserError(
                 f"{local_size} process{'es' * (local_size > 1)} on this machine (--nproc_per_node), which has {gpus} "
                 f"CUDA devices; accepted: one process per device, or --device cpu"
             )
-        torch.cuda.set_device(local_rank)
-        where = torch.device("cuda", local_rank)
+        where = torch.device("cuda", 0 if own else local_rank)
+        torch.cuda.set_device(where)
     else:
         where = torch.device("cpu")
 
@@ -124,13 +128,20 @@ def close_world(world: World) -> None:
 @contextmanager
 def main_process_first(world: World) -> Iterator[None]:
     """The main process runs the body first, then the first process of every other machine, then all others: for
-    downloads into a folder that the machines may or may not share."""
+    downloads into a folder that the machines may or may not share. If the body raises a UserError, the others still get
+    their turn, and may say more."""
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
     for _ in range(turn if world.distributed else 0):
         dist.barrier()
-    yield
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
     for _ in range(2 - turn if world.distributed else 0):
         dist.barrier()
+    if failure:
+        raise failure
 
 
 def from_main(value: Any, world: World) -> Any:
@@ -212,7 +223,7 @@ def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
     no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(
         model,
-        device_ids=None if on_cpu else [world.local_rank],
+        device_ids=None if on_cpu else [world.device],
         gradient_as_bucket_view=True,
         # All parameters are used. But while it looks for unused ones, it does not rearrange its buckets after the first
         # step. From three processes on, the place in a bucket decides the order in which gradients are summed, so that

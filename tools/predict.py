@@ -73,7 +73,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from data.sources import decode, find_images, read_file
+from data.listing import find_images
+from data.sources import decode, read_file
 from engine.trained import Trained, load_trained
 from runtime.signals import ignore_signals
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from runtime.per_image import CORRECT, read_correct
 from tests.helpers import (
     ROOT,
     TINY,
+    Run,
     environment,
     free_port,
     python,
@@ -116,6 +118,29 @@ def test_one_process_downloads_while_the_others_wait(tmp_path):
         event, rank, time = line.split()
         times[event, rank] = float(time)
     assert times["enter", "1"] >= times["leave", "0"]
+
+
+def slurm_task(rank: int, tasks: int) -> dict[str, str]:
+    """What srun sets on a machine of its own."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_TASKS_PER_NODE": str(tasks)}
+    task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    return {**step, **task, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+
+
+def test_tasks_of_slurm_are_one_run(image_folder, tmp_path):
+    """As `srun --ntasks 2 python main.py`, without a launcher."""
+    options = (*CONFIG, "--data-path", image_folder, "--batch-size", 4, "--output", tmp_path, "--opts", *TINY)
+    for task in [Run("main.py", *options, **slurm_task(rank, 2)) for rank in range(2)]:
+        assert task.wait() == 0, task.stderr
+    assert read_metrics(tmp_path / RUN)[-1]["processes"] == 2
+    assert (tmp_path / RUN / "log_rank1.txt").is_file()
+
+
+@pytest.mark.parametrize("inside", [{"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, slurm_task(0, 1)])
+def test_batch_script_and_shell_of_slurm_are_alone(inside, image_folder, tmp_path):
+    options = (*CONFIG, "--data-path", image_folder, "--batch-size", 4, "--output", tmp_path, "--opts", *TINY)
+    python("main.py", *options, **{**inside, "SLURM_JOB_ID": "1"})
+    assert read_metrics(tmp_path / RUN)[-1]["processes"] == 1
 
 
 def test_shell_wrappers(image_folder, tmp_path):

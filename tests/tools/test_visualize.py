@@ -298,7 +298,7 @@ def test_mistakes(checkpoint, tmp_path):
     assert np.mean([float(row["loss"]) for row in rows]) == pytest.approx(evaluated["val_loss"], rel=1e-4)
     assert all(float(row["loss"]) == pytest.approx(-math.log(float(row["p_true"])), abs=1e-3) for row in rows[:20])
     source = build_sources(config, WORLD, train=False).val
-    assert [int(row["true"]) for row in rows] == source.targets
+    assert [int(row["true"]) for row in rows] == source.targets.tolist()
     assert rows[5]["image"] == source.name(5)
 
 

@@ -32,7 +32,8 @@ from torch import nn
 
 from config import ConfigError, get_default_config, leaves, load_config, save_config, validate
 from data.dataset import ClassificationDataset
-from data.sources import MOST_FILE_BYTES, DataError, FolderSource, ZipSource
+from data.errors import DataError
+from data.sources import MOST_FILE_BYTES, FolderSource, ZipSource
 from data.transforms import build_transform
 from engine.finite import build_scaler, update_scaler
 from engine.start import check_resume, log_resume
@@ -934,7 +935,7 @@ def test_names_of_classes_and_files(tmp_path, monkeypatch):
         assert source.load(index).size == (16, 12)
         assert_logged_on_one_line(tmp_path, source.name(index), monkeypatch)
     assert len({source.name(index) for index in range(len(source))}) == len(source)
-    assert source.name(source.targets.index(source.classes.index("größer 試 😀"))).endswith(".PNG")
+    assert source.name(source.targets.tolist().index(source.classes.index("größer 試 😀"))).endswith(".PNG")
 
 
 # What is no file

@@ -92,7 +92,7 @@ class Repeated(Source):
     def __init__(self, source: Source, chosen: Sequence[int], length: int):
         self.source, self.chosen = source, chosen
         self.classes = source.classes
-        self.targets = [source.targets[self._index(i)] for i in range(length)]
+        self.targets = np.resize(source.targets[np.asarray(chosen)], length)
 
     def _index(self, index: int) -> int:
         return self.chosen[index % len(self.chosen)]

@@ -166,7 +166,7 @@ def common_source(subjects: Sequence[Subject]) -> Source:
 
 def images_of(source: Source) -> tuple[list[str], list[int], list[str]]:
     """What distinguishes a source from others."""
-    return source.classes, source.targets, [source.name(i) for i in range(len(source))]
+    return source.classes, source.targets.tolist(), [source.name(i) for i in range(len(source))]
 
 
 def choose_conditions(corruptions: Sequence[str] | None, severities: Sequence[int]) -> list[Condition]:

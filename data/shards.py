@@ -1,0 +1,240 @@
+"""Shards: tar files in WebDataset's layout, https://github.com/webdataset/webdataset.
+
+Files of the same name up to the first dot belong together: an image, and its label as `.cls` (a number in text) or
+`.json` (an object with the number as "label" or "cls"). The members are listed once, with the place of each image in
+its file, so that any image can be read without those before it.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.arrays import Strings
+from data.errors import DataError, UnreadableImage
+from data.index import kept, stamps_of
+from data.sources import MOST_CLASSES, MOST_FILE_BYTES, FileSource
+from utils import printable, shorten
+
+BLOCK = 512  # of a tar file
+MOST_LABEL_BYTES = 2**20
+MOST_OPEN_SHARDS = 64
+
+
+class ShardList(NamedTuple):
+    """The images of some shards."""
+
+    shards: Strings  # names of the files
+    names: Strings  # of the members that are images
+    of_shard: np.ndarray  # (N,) int32, in which file each is
+    starts: np.ndarray  # (N,) int64, its first byte there
+    sizes: np.ndarray  # (N,) int64, bytes
+    targets: np.ndarray  # (N,) int32, labels
+    stamps: np.ndarray  # (shards, 2) int64, see `stamps_of`
+
+    def is_sound(self) -> bool:
+        """Whether the lists, if they come from a file, fit together."""
+        count = (len(self.names),)
+        rows = ((self.of_shard, np.int32), (self.starts, np.int64), (self.sizes, np.int64), (self.targets, np.int32))
+        if not len(self.names) or any((row.shape, row.dtype) != (count, dtype) for row, dtype in rows):
+            return False
+        if (self.stamps.shape, self.stamps.dtype) != ((len(self.shards), 2), np.int64):
+            return False
+        if min(row.min() for row, _ in rows) < 0 or self.targets.max() >= MOST_CLASSES:
+            return False
+        return bool(self.of_shard.max() < len(self.shards)) and not self.shards.contain(b"/")
+
+
+class ShardSource(FileSource):
+    """The images of the shards of one split in a folder: `*train*.tar`, for example.
+
+    Args:
+        root: the folder. If it has `classes.txt`, a name per line, that names the classes.
+        split: "train" or "val".
+
+    Raises:
+        DataError: no such shards, a damaged one, or members that cannot be used.
+    """
+
+    def __init__(self, root: Path, split: str):
+        super().__init__()
+        self._root = root
+        paths = sorted(root.glob(f"*{split}*.tar"))
+        if not paths:
+            raise DataError(f"{printable(str(root))}: no shards *{split}*.tar in it; accepted: WebDataset's tar files")
+
+        def stamps_now(found: ShardList) -> np.ndarray:
+            # A shard more or less is another count of stamps.
+            return stamps_of(paths if list(found.shards) == [path.name for path in paths] else [])
+
+        self._list = kept(ShardList, root / f"{split}.shards", lambda: list_shards(paths), stamps_now)
+        self.targets = self._list.targets
+        self.classes, self.has_names = _classes(root, int(self.targets.max()) + 1)
+        self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by shard, the one used last at the end
+
+    def read(self, index: int) -> bytes:
+        size = int(self._list.sizes[index])
+        if size > MOST_FILE_BYTES:
+            raise UnreadableImage(f"{self.name(index)}: larger than {MOST_FILE_BYTES} bytes")
+        # Without a position of its own, the descriptor may be shared by processes.
+        content = os.pread(self._descriptor(int(self._list.of_shard[index])), size, int(self._list.starts[index]))
+        if len(content) != size:
+            raise UnreadableImage(f"{self.name(index)}: the file has become shorter")
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= MOST_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self._root / self._list.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def name(self, index: int) -> str:
+        shard = self._root / self._list.shards[self._list.of_shard[index]]
+        return printable(f"{shard}:{self._list.names[index]}")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def _classes(root: Path, labels: int) -> tuple[list[str], bool]:
+    """The names of the classes, and whether the data has them."""
+    path = root / "classes.txt"
+    if not path.is_file():
+        return [str(label) for label in range(labels)], False
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{printable(str(path))}: cannot be read: {error}") from error
+    if len(names) < labels or len(set(names)) < len(names):
+        raise DataError(
+            f"{printable(str(path))}: has {len(names)} names, {len(set(names))} of them different; the shards have "
+            f"labels up to {labels - 1}; accepted: a name of its own for each label"
+        )
+    return names, True
+
+
+def list_shards(paths: list[Path]) -> ShardList:
+    """The images of shards, in the order of the files and of the samples in them.
+
+    Raises:
+        DataError: a damaged file, an image without a label, a label without an image, two samples of the same name.
+    """
+    columns = {"of_shard": "i", "starts": "q", "sizes": "q", "targets": "i", "hashes": "q"}
+    rows = {name: array(code) for name, code in columns.items()}
+
+    def all_names() -> Iterator[str]:
+        for number, path in enumerate(paths):
+            for key, (name, start, size, label) in _samples(path).items():
+                hashed = hashlib.blake2b(os.fsencode(key), digest_size=8).digest()
+                values = (number, start, size, label, int.from_bytes(hashed, "little", signed=True))
+                for column, value in zip(rows.values(), values, strict=True):
+                    column.append(value)
+                yield name
+
+    names = Strings.of(all_names())
+    if not len(names):
+        raise DataError(f"{_show(paths[0])} and the other shards of its split have no images")
+    found = {name: np.frombuffer(column, np.dtype(column.typecode)) for name, column in rows.items()}
+    hashes = found.pop("hashes")
+    order = np.argsort(hashes, kind="stable")
+    (twice,) = np.nonzero(hashes[order][1:] == hashes[order][:-1])
+    if len(twice):
+        first, second = (int(order[twice[0] + i]) for i in range(2))
+        both = (f"{_show(paths[found['of_shard'][i]])}:{printable(names[i])}" for i in (first, second))
+        raise DataError(f"{' and '.join(both)} have the same name; accepted: each sample once")
+    shards = Strings.of(path.name for path in paths)
+    return ShardList(shards, names, stamps=stamps_of(list(map(str, paths))), **found)
+
+
+def _samples(path: Path) -> dict[str, tuple[str, int, int, int]]:
+    """The samples of a shard by name: member that is the image, its first byte, its size, label."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    for member, content in _members(path):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key, suffix = f"{folder}{slash}{stem}", f".{suffix.lower()}"
+        if suffix in IMG_EXTENSIONS:
+            if key in images:
+                raise DataError(f"{_show(path)}: has two images of {printable(key)}; accepted: each sample once")
+            images[key] = (member.name, member.offset_data, member.size)
+        elif suffix == ".cls":
+            labels[key] = _cls_label(content)
+            if labels[key] is None:
+                raise DataError(
+                    f"{_show(path)}: {printable(member.name)} has {content[:50]!r}; accepted: a label (0, 1, 2, ...)"
+                )
+        elif suffix == ".json" and key not in labels and (label := _json_label(content)) is not None:
+            labels[key] = label
+    for some, others, what in ((images, labels, "label"), (labels, images, "image")):
+        lacking = sorted(map(printable, some.keys() - others.keys()))
+        if lacking:
+            raise DataError(
+                f"{_show(path)}: no {what} for {shorten(lacking)}; accepted for each sample: an image, and a .cls file "
+                'with a number or a .json file with it as "label" or "cls", of the same name up to the first dot'
+            )
+    return {key: (*image, labels[key]) for key, image in images.items()}
+
+
+def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """The files in a tar file, and the content of labels.
+
+    Raises:
+        DataError: it is damaged or incomplete.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK if member.isreg() else member.offset_data
+                if not member.isreg() or member.issparse():
+                    continue
+                content = b""
+                if member.name.lower().endswith((".cls", ".json")):
+                    content = tar.extractfile(member).read(MOST_LABEL_BYTES)
+                yield member, content
+            # tarfile takes a file that was cut between two members for a complete one.
+            tar.fileobj.seek(end)
+            complete = tar.fileobj.read(BLOCK) == bytes(BLOCK)
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{_show(path)}: not a tar file, or damaged: {printable(str(error))}") from error
+    if not complete:
+        raise DataError(f"{_show(path)}: ends without a tar file's end mark: it is incomplete; get it again")
+
+
+def _cls_label(content: bytes) -> int | None:
+    """The label in a .cls file; None if there is none."""
+    text = content.strip()
+    return _checked(int(text)) if text.isdigit() and len(text) < 19 else None
+
+
+def _json_label(content: bytes) -> int | None:
+    """The label in a .json file; None if there is none."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return _checked(value.get("label", value.get("cls"))) if isinstance(value, dict) else None
+
+
+def _checked(value: Any) -> int | None:
+    known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_CLASSES
+    return value if known else None
+
+
+def _show(path: Path) -> str:
+    return printable(str(path))

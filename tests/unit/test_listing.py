@@ -1,0 +1,201 @@
+"""Lists of samples in arrays, and the index of a folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchvision.datasets import ImageFolder
+
+from data import index, listing
+from data.arrays import Strings, by_class
+from data.errors import DataError
+from data.index import index_paths, read_index
+from data.listing import Listing, list_classes, list_folder
+
+MAPS = Path("/proc/self/maps")
+NAMES = ["a.jpg", "größer 試.png", "", "bytes \udcff.png", "x" * 300]
+
+
+@pytest.mark.parametrize("names", [NAMES, [], ["one"]])
+def test_strings(names):
+    strings = Strings.of(iter(names))
+    assert list(strings) == names and len(strings) == len(names)
+    assert [strings[i - len(names)] for i in range(len(names))] == names
+    for outside in (len(names), -len(names) - 1):
+        with pytest.raises(IndexError):
+            strings[outside]
+
+
+def test_by_class():
+    targets = np.array([2, 0, 2, 4, 0], np.int32)
+    assert [indices.tolist() for indices in by_class(targets, 6)] == [[1, 4], [], [0, 2], [], [3], []]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of 4 images in two classes whose index is kept."""
+    monkeypatch.setattr(index, "FEWEST_SAMPLES", 4)
+    monkeypatch.setattr(index, "SETTLED_SECONDS", -1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "data/train"
+    for path in ("a/2.jpg", "a/deep/1.PNG", "a/notes.txt", "b/bytes \udcff.png", "b/3.jpg"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+@pytest.fixture
+def never_listed(monkeypatch):
+    """Makes listing a folder a failure from now on."""
+
+    def start():
+        monkeypatch.setattr(listing, "list_classes", lambda root: pytest.fail(f"{root} was listed"))
+
+    return start
+
+
+def content(found):
+    return found.classes, list(found.paths), found.targets.tolist()
+
+
+LISTED = (["a", "b"], ["a/2.jpg", "a/deep/1.PNG", "b/3.jpg", "b/bytes \udcff.png"], [0, 0, 1, 1])
+
+
+def test_listing_is_that_of_torchvision(folder):
+    found = list_classes(folder)
+    assert content(found) == LISTED
+    expected = ImageFolder(str(folder))
+    assert [(f"{folder}/{path}", label) for path, label in zip(*content(found)[1:], strict=True)] == expected.samples
+    assert list(found.folders) == ["", "a", "a/deep", "b"]
+
+
+def test_second_start_reads_the_index(folder, never_listed):
+    assert content(list_folder(folder)) == LISTED
+    beside, cached = index_paths(folder)
+    assert beside == folder.parent / ".train.index" and beside.exists() and not cached.exists()
+    never_listed()
+    assert content(list_folder(folder)) == LISTED
+
+
+@pytest.mark.parametrize(
+    ("change", "paths"),
+    [
+        (lambda root: (root / "b/4.jpg").touch(), [*LISTED[1], "b/4.jpg"]),
+        (lambda root: (root / "a/deep/0.jpg").touch(), ["a/2.jpg", "a/deep/0.jpg", *LISTED[1][1:]]),
+        (lambda root: (root / "a/2.jpg").unlink(), LISTED[1][1:]),
+        (lambda root: (root / "b/3.jpg").rename(root / "b/5.jpg"), [*LISTED[1][:2], "b/5.jpg", LISTED[1][3]]),
+        (lambda root: shutil.rmtree(root / "a/deep"), [LISTED[1][0], *LISTED[1][2:]]),
+        (lambda root: shutil.copytree(root / "b", root / "c"), [*LISTED[1], "c/3.jpg", "c/bytes \udcff.png"]),
+        (lambda root: (root / "b").rename(root / "B"), ["B/3.jpg", "B/bytes \udcff.png", *LISTED[1][:2]]),
+    ],
+    ids=["added", "added below", "removed", "renamed", "folder removed", "class added", "class renamed"],
+)
+def test_changed_folder_is_listed_again(folder, change, paths):
+    list_folder(folder)
+    change(folder)
+    assert list(list_folder(folder).paths) == sorted(paths)
+
+
+def test_change_with_the_old_time_is_noticed(folder):
+    list_folder(folder)
+    before = os.stat(folder / "b")
+    (folder / "b/4.jpg").touch()
+    os.utime(folder / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(list_folder(folder).paths) == 5
+
+
+def test_folder_that_was_just_changed_has_no_index(folder, monkeypatch):
+    monkeypatch.setattr(index, "SETTLED_SECONDS", 60.0)
+    assert content(list_folder(folder)) == LISTED
+    assert not any(path.exists() for path in index_paths(folder))
+
+
+def test_small_folder_has_no_index(folder, monkeypatch):
+    monkeypatch.setattr(index, "FEWEST_SAMPLES", 5)
+    assert content(list_folder(folder)) == LISTED
+    assert not any(path.exists() for path in index_paths(folder))
+
+
+def test_index_in_the_cache_where_it_cannot_be_beside(folder, monkeypatch, never_listed):
+    beside, cached = index_paths(folder)
+    write = index.write_index
+
+    def refuse(path, value):
+        if path == beside:
+            raise PermissionError("read-only")
+        write(path, value)
+
+    monkeypatch.setattr(index, "write_index", refuse)
+    assert content(list_folder(folder)) == LISTED
+    assert cached.exists() and not beside.exists()
+    never_listed()
+    assert content(list_folder(folder)) == LISTED
+
+
+def test_nowhere_to_write(folder, monkeypatch):
+    monkeypatch.setattr(index, "write_index", lambda path, value: (_ for _ in ()).throw(OSError("full")))
+    assert content(list_folder(folder)) == LISTED
+
+
+def changed(**arrays):
+    """What replaces some arrays of an index."""
+
+    def change(path):
+        save_file({**load_file(path), **arrays}, path, {"format": index.FORMAT})
+
+    return change
+
+
+def text(string):
+    return torch.frombuffer(bytearray(string.encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(os.urandom(1000)),
+        lambda path: save_file(load_file(path), path, {"format": "another"}),
+        lambda path: save_file({"targets": torch.zeros(4)}, path, {"format": index.FORMAT}),
+        changed(targets=torch.tensor([0, 0, 1, 2], dtype=torch.int32)),
+        changed(targets=torch.tensor([0, 0, 0, 0], dtype=torch.int32)),
+        changed(targets=torch.tensor([0, 0, 1], dtype=torch.int32)),
+        changed(targets=torch.tensor([0.0, 0.0, 1.0, 1.0])),
+        changed(**{"paths.ends": torch.tensor([9, 3, 20, 38])}),
+        changed(**{"paths.ends": torch.tensor([-1, 3, 20, 38])}),
+        changed(**{"paths.text": text("../x.jpgb.jpg"), "paths.ends": torch.tensor([8, 9, 12, 13])}),
+        changed(stamps=torch.zeros(4, 1, dtype=torch.int64)),
+    ],
+)
+def test_damaged_index_is_made_anew(folder, damage, never_listed):
+    list_folder(folder)
+    path, _ = index_paths(folder)
+    damage(path)
+    assert content(list_folder(folder)) == LISTED
+    never_listed()
+    assert content(list_folder(folder)) == LISTED
+
+
+def test_index_does_not_hide_errors(folder):
+    list_folder(folder)
+    for name in ("3.jpg", "bytes \udcff.png"):
+        (folder / "b" / name).unlink()
+    with pytest.raises(DataError, match="no images in b"):
+        list_folder(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match="no such folder"):
+        list_folder(folder)
+
+
+def test_arrays_are_mapped_not_read(folder):
+    list_folder(folder)
+    found = read_index(index_paths(folder)[0], Listing)
+    if not MAPS.exists():
+        pytest.skip("Linux only")
+    assert ".train.index" in MAPS.read_text()
+    assert list(found.paths) == LISTED[1]
