@@ -3,12 +3,15 @@
 import hashlib
 import shutil
 import tarfile
+import zipfile
 
+import datasets
 import make_shards
 import pytest
+import torch
 
 from data import build_sources
-from tests.helpers import ROOT, TINY, python, read_metrics, write_image_folder
+from tests.helpers import TINY, python, read_metrics, trained_model, write_image_folder
 from tests.unit.test_data import config_with, world
 from utils import UserError
 
@@ -67,7 +70,7 @@ def test_stopped_and_called_again(folder, tmp_path, monkeypatch):
     assert len(contents(tmp_path / "again")) == 4  # two tar files, sums and classes
     make_shards.main()
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
-    assert len(calls) == 3 + 3  # none of the finished ones again
+    assert len(calls) == 3 + 4  # none of the finished ones again
 
 
 @pytest.mark.parametrize("what", ["images", "files", "foreign"])
@@ -90,16 +93,47 @@ def test_output_of_something_else(folder, tmp_path, monkeypatch, what):
     assert contents(output) == before
 
 
+def as_zip(source, output, split):
+    """The files of a source in their order."""
+    output.mkdir(exist_ok=True)
+    with zipfile.ZipFile(output / f"{split}.zip", "w") as archive:
+        for index in range(len(source)):
+            archive.writestr(f"{index}.jpg", source.read(index))
+    lines = "".join(f"{index}.jpg\t{label}\n" for index, label in enumerate(source.targets))
+    (output / f"{split}_map.txt").write_text(lines)
+
+
+def as_parquet(source, output, split):
+    """The same."""
+    output.mkdir(exist_ok=True)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=source.classes))
+    images = [{"bytes": source.read(index), "path": None} for index in range(len(source))]
+    columns = {"image": images, "label": source.targets.tolist()}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(output / f"{split}-00000-of-00001.parquet")
+
+
 @pytest.mark.slow
-def test_the_same_weights_from_folder_and_shards(folder, tmp_path):
-    """Two epochs with augmentation, by loader processes."""
+def test_the_same_weights_whatever_the_images_are_in(folder, tmp_path):
+    """Two epochs with augmentation, by loader processes, from a folder, a zip file, shards and parquet."""
     make(folder, tmp_path / "shards", "--images", 5)
-    digests = {}
-    for name, data, dataset in (("folder", folder, "imagenet"), ("shards", tmp_path / "shards", "wds")):
+    sources = build_sources(config_with(DATA__DATASET="imagenet", DATA__DATA_PATH=str(folder)), world())
+    for split, source in zip(("train", "val"), sources, strict=True):
+        as_zip(source, tmp_path / "zip", split)
+        as_parquet(source, tmp_path / "parquet", split)
+    weights, metrics = {}, {}
+    for name, data, options in (
+        ("folder", folder, ()),
+        ("zip", tmp_path / "zip", ("DATA.ZIP_MODE", "True")),
+        ("shards", tmp_path / "shards", ("DATA.DATASET", "wds")),
+        ("parquet", tmp_path / "parquet", ("DATA.DATASET", "hfds")),
+    ):
         command = ("main.py", "--cfg", "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", "--data-path", data)
-        opts = ("--opts", *TINY, "DATA.DATASET", dataset, "TRAIN.EPOCHS", 2, "DATA.NUM_WORKERS", 2)
-        python(*command, "--batch-size", 4, "--output", tmp_path / name, *opts, cwd=ROOT)
-        (run,) = (tmp_path / name).glob("*/default")
-        metrics = [(record["train_loss"], record["val_loss"], record["top1"]) for record in read_metrics(run)]
-        digests[name] = metrics
-    assert digests["folder"] == digests["shards"]
+        opts = ("--opts", *TINY, "TRAIN.EPOCHS", 2, "DATA.NUM_WORKERS", 2, *options)
+        environment = {"HF_HOME": str(tmp_path / "hf")}
+        python(*command, "--batch-size", 4, "--output", tmp_path / "out", "--tag", name, *opts, **environment)
+        (run,) = (tmp_path / "out").glob(f"*/{name}")
+        metrics[name] = [(record["train_loss"], record["val_loss"], record["top1"]) for record in read_metrics(run)]
+        weights[name] = trained_model(run / "last.pth", "--device", "cpu").model.state_dict()
+    for name in ("zip", "shards", "parquet"):
+        assert metrics[name] == metrics["folder"]
+        assert all(torch.equal(weights[name][key], value) for key, value in weights["folder"].items()), name

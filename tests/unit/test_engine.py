@@ -799,12 +799,21 @@ def test_world(gpus, device, group, backend, launched):
     joined = {"store": ("attempt", "store"), "rank": 5, "world_size": 8, "timeout": TIMEOUT}
     joined |= {"device_id": device} if gpus else {}
     assert groups == [((*backend,), joined)]
-    assert devices == [1] * bool(gpus)
+    assert devices == [device] * bool(gpus)
     launched(gpus=0)
     alone = init_world("auto", local_rank=2)  # as old launchers pass it
     assert alone == World(0, 2, 1, CPU) and alone.is_main and not alone.distributed
     close_world(alone)
     assert distributed.all_reduce_sum(torch.tensor(3.0), alone) == 3
+
+
+def test_task_of_slurm_with_a_gpu_of_its_own(launched):
+    """As `srun --gpus-per-task 1` shows it to the fourth task of a machine."""
+    task = {"SLURM_PROCID": 3, "SLURM_LOCALID": 3, "SLURM_STEP_NUM_TASKS": 4}
+    devices, _ = launched(gpus=1, RANK=3, LOCAL_RANK=3, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, **task)
+    found = init_world("auto")
+    assert (found.local_rank, found.device) == (3, torch.device("cuda", 0))
+    assert devices == [found.device]
 
 
 @pytest.mark.parametrize("size", [1, 2])

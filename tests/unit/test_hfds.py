@@ -87,14 +87,13 @@ def test_hold_out_of_training_images(tmp_path):
 
 def test_files_beside_the_data_set(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
-    images = [{"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": None, "path": None}, None]
+    images = [{"bytes": None, "path": str(tmp_path / "a.png")}, None]
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("int32"))
-    data = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0]}, features=features)
+    data = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
     source = HFSource(data, "", "", "some")
     assert (source.read(0), source.classes, source.has_names) == (png(0), ["0", "1"], False)
-    for missing in (1, 2):
-        with pytest.raises(OSError, match=f"some image {missing}: is missing"):
-            source.load(missing)
+    with pytest.raises(OSError, match="some image 1: is missing"):
+        source.load(1)
 
 
 def test_columns():
