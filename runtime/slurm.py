@@ -24,13 +24,16 @@ def announce_tasks(environ: MutableMapping[str, str]) -> None:
         return
     rank, local_rank, size = (_number(environ, f"SLURM_{name}") for name in ("PROCID", "LOCALID", "STEP_NUM_TASKS"))
     node = _number(environ, "SLURM_NODEID")
+    on_nodes = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if node >= len(on_nodes):
+        raise UserError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(on_nodes)} nodes")
     # A port for each step of each job: two on one machine do not meet. A job that was requeued has its port again.
     number = _number(environ, "SLURM_JOB_ID") * 8 + _number(environ, "SLURM_STEP_ID")
     found = {
         "RANK": rank,
         "WORLD_SIZE": size,
         "LOCAL_RANK": local_rank,
-        "LOCAL_WORLD_SIZE": tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[node],
+        "LOCAL_WORLD_SIZE": on_nodes[node],
         "MASTER_ADDR": first_host(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "")),
         "MASTER_PORT": FIRST_PORT + number % PORTS,
     }

@@ -94,13 +94,13 @@ def check_same_task(args: argparse.Namespace, listings: dict[str, Listing]) -> N
     except FileNotFoundError:
         if any(args.output.iterdir()):
             raise UserError(f"{args.output}: holds other files; accepted: a new or empty folder") from None
-        known = {"images": args.images}
+        known = {"images": args.images, "splits": {}}
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); choose another output") from error
     if known["images"] != args.images:
         raise UserError(f"{args.output}: was begun with --images {known['images']}, not {args.images}")
     for split, digest in digests.items():
-        if known.setdefault(split, digest) != digest:
+        if known["splits"].setdefault(split, digest) != digest:
             raise UserError(
                 f"{args.output}: was begun when {args.folder / split} had other files; choose another output"
             )

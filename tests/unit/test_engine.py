@@ -816,6 +816,19 @@ def test_task_of_slurm_with_a_gpu_of_its_own(launched):
     assert devices == [found.device]
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_others_get_their_turn_after_a_failed_one(rank, monkeypatch):
+    """Two barriers for everyone, as after a turn that went well."""
+    events = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    world = World(rank, (0, 0, 1)[rank], 3, CPU)
+    with pytest.raises(UserError, match="no such folder"), distributed.main_process_first(world):
+        events.append("turn")
+        raise UserError("no such folder")
+    assert events.index("turn") == rank
+    assert events.count("barrier") == 2
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_on_main(size, monkeypatch):
     """One process does it; all have its result, or its error."""

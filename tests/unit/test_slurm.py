@@ -59,6 +59,13 @@ def test_missing_number(name, value):
         announced(**{name: value})
 
 
+def test_node_that_the_step_does_not_have():
+    with pytest.raises(UserError, match="SLURM_NODEID is 3, but SLURM_STEP_TASKS_PER_NODE has 3 nodes"):
+        announced(SLURM_NODEID="3")
+    with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE is ''"):
+        announced(SLURM_STEP_TASKS_PER_NODE=None)
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
