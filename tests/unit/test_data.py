@@ -517,6 +517,14 @@ def test_train_sampler_order_depends_on_seed_and_epoch_alone(sharded):
     assert epoch_of(TrainSampler(50, 1, 2, 4, sharded), 0) != orders[0]
 
 
+def test_train_sampler_goes_on_inside_an_epoch():
+    sampler = TrainSampler(5000, 1, 2, seed=3)
+    whole = epoch_of(sampler, 1)
+    for start in (0, 1, 1023, 1024, 2499, 2500):
+        sampler.set_epoch(1, start)
+        assert [index for _, index in sampler] == whole[start:]
+
+
 @pytest.mark.parametrize("size", range(1, 6))
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 12, 13])
 def test_eval_sampler_gives_each_sample_exactly_once(length, size):
