@@ -14,7 +14,13 @@ FOLDER = ROOT / "configs/fashion_mnist"
 
 
 def test_every_peer_has_its_config():
-    assert {path.stem for path in (FOLDER / "peers").iterdir()} == set(NAMES)
+    assert {path.stem for path in (FOLDER / "peers").iterdir()} == {*NAMES, "strip_mlp"}
+
+
+def test_strip_mlp_beside_them_differs_from_the_longer_run_in_its_epochs_alone():
+    config, base = (load_config(FOLDER / name, [])[0] for name in ("peers/strip_mlp.yaml", "strip_mlp_pico_patch2.yaml"))
+    changed = {key for key, value in leaves(config).items() if value != leaves(base)[key]}
+    assert changed == {"TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS"}
 
 
 @pytest.mark.parametrize("name", NAMES)
