@@ -24,12 +24,14 @@ import shlex
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from number_options import above, at_least
 
 from utils import UserError, parse_first, run_entry_point, seed_all, writing_to
 
@@ -39,20 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    def above_0(kind: type) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-            except ValueError:
-                value = 0
-            if not 0 < value < float("inf"):
-                number = "a whole number" if kind is int else "a number"
-                raise argparse.ArgumentTypeError(f"{text!r}; accepted: {number} above 0")
-            return value
-
-        return parse
-
-    count = above_0(int)
+    count = at_least(1)
     add = parser.add_argument
     add("--detector", choices=["retinanet", "faster_rcnn"], default="retinanet", help="(retinanet)")
     add("--model", default="strip_mlp_pico", metavar="NAME", help="timm's name of the backbone (strip_mlp_pico)")
@@ -63,8 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--val-images", type=count, default=300, metavar="N", help="canvases to evaluate with (300)")
     add("--epochs", type=count, default=10, metavar="N", help="(10)")
     add("--batch-size", type=count, default=16, metavar="N", help="canvases per step (16)")
-    add("--lr", type=above_0(float), default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
-    add("--seed", type=int, default=0, metavar="N", help="of the canvases, weights and order; 0 or more (0)")
+    add("--lr", type=above(0), default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of the canvases, weights and order; 0 or more (0)")
     add("--threads", type=count, metavar="N", help="of the CPU (PyTorch's default)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(auto)")
     add("--output", type=Path, default=Path("output/detection_demo"), metavar="FOLDER", help="(output/detection_demo)")
@@ -79,8 +68,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.images < args.batch_size:
         parser.error(f"argument --images: {args.images}; accepted: at least --batch-size, {args.batch_size}")
-    if args.seed < 0:
-        parser.error(f"argument --seed: {args.seed}; accepted: 0 or more")
     return args
 
 

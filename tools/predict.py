@@ -30,19 +30,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from number_options import at_least
+
 from config import add_checkpoint_arguments
 from utils import UserError, parse_first, printable, run_entry_point
-
-
-def at_least(low: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `low` on."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < low:
-            raise argparse.ArgumentTypeError(f"{value}; accepted: {low} or more")
-        return value
-
-    return number
 
 
 def parse_args() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figures.options import at_least
+from number_options import at_least
 
 from config import add_checkpoint_arguments
 from utils import parse_first, run_entry_point, writing_to

@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from figures.options import PICTURES, at_least
+from figures.options import PICTURES
+from number_options import at_least
 
 from utils import UserError, parse_first, run_entry_point, writing_to
 

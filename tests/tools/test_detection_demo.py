@@ -191,9 +191,9 @@ def test_command(tmp_path):
         (["--digit-size", "30", "20"], 2, "--digit-size: 30 20; accepted: two sizes in ascending order of at most 64"),
         (["--digit-size", "30", "65"], 2, "--digit-size: 30 65"),
         (["--batch-size", "9"], 2, "--images: 8; accepted: at least --batch-size, 9"),
-        (["--epochs", "0"], 2, "'0'; accepted: a whole number above 0"),
+        (["--epochs", "0"], 2, "'0'; accepted: a whole number of 1 or more"),
         (["--lr", "nan"], 2, "'nan'; accepted: a number above 0"),
-        (["--seed", "-1"], 2, "--seed: -1; accepted: 0 or more"),
+        (["--seed", "-1"], 2, "--seed: '-1'; accepted: a whole number of 0 or more"),
         (["--lr", "1e30"], 1, "lower --lr"),
     ],
 )

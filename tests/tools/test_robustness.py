@@ -304,7 +304,7 @@ def test_different_data_is_refused(command, peer, tmp_path):
     [
         (["--corruptions", "fog"], 1, "--corruptions fog: no such corruption; accepted: gaussian_noise, shot_noise"),
         (["--severities", "6"], 2, "--severities"),
-        (["--images", "0"], 2, "accepted: 1 or more"),
+        (["--images", "0"], 2, "accepted: a whole number of 1 or more"),
         (["--opts", "DATA.DATASET", "imagenet"], 1, "DATA.DATA_PATH is empty"),
         (["--device", "cuda"], 1, "--device is cuda, but PyTorch finds no CUDA device"),
     ],

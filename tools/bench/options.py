@@ -2,9 +2,10 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from number_options import above, at_least
 
 LITERAL = "literal:"
 MODES = ("eager", "compile", "reparameterized", "reparameterized+compile", "checkpoint", "checkpoint+compile")
@@ -106,33 +107,19 @@ def parse_data_args(argv: Sequence[str]) -> argparse.Namespace:
         description=DATA_HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    def at_least(kind: type, low: float, strictly: bool = False) -> Callable[[str], Any]:
-        def parse(text: str) -> Any:
-            try:
-                value = kind(text)
-            except ValueError:
-                value = None
-            if value is None or not low <= value < float("inf") or (strictly and value == low):
-                whole = "a whole number" if kind is int else "a number"
-                accepted = f"{whole} {f'above {low}' if strictly else f'of {low} or more'}"
-                raise argparse.ArgumentTypeError(f"{text!r}; accepted: {accepted}")
-            return value
-
-        return parse
-
     add = parser.add_argument
     add("--cfg", metavar="FILE", default=CONFIG, help=f"YAML config file (configs/{CONFIG.name})")
     add("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs")
-    add("--batch-size", type=at_least(int, 1), help=f"images per step (the config's; {CPU_BATCH} without a GPU)")
+    add("--batch-size", type=at_least(1), help=f"images per step (the config's; {CPU_BATCH} without a GPU)")
     add("--data-path", metavar="FOLDER", type=Path, help="has train/ with one folder of images per class")
     usual = sorted({0, 1, min(8, cores())})
-    add("--workers", nargs="+", type=at_least(int, 0), default=usual, metavar="N", help=f"loader processes ({usual})")
-    add("--images", type=at_least(int, 1), default=256, metavar="N", help="to make, or to use of those there are (256)")
-    add("--seconds", type=at_least(float, 0, True), default=10.0, metavar="S", help="per measurement (10)")
+    add("--workers", nargs="+", type=at_least(0), default=usual, metavar="N", help=f"loader processes ({usual})")
+    add("--images", type=at_least(1), default=256, metavar="N", help="to make, or to use of those there are (256)")
+    add("--seconds", type=above(0), default=10.0, metavar="S", help="per measurement (10)")
     add(
         "--step-images-per-second",
         nargs="+",
-        type=at_least(float, 0, True),
+        type=above(0),
         metavar="X",
         help="speeds of a step; without, a real one is run",
     )

@@ -5,22 +5,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from number_options import at_least
+
 from config import add_checkpoint_arguments
 
 STAGES = 4
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `least`."""
-
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number}: accepted: {least} or more")
-        return number
-
-    parse.__name__ = "whole number"  # what argparse calls it
-    return parse
 
 
 def _receptive_field(parser: argparse.ArgumentParser) -> None:
