@@ -152,6 +152,15 @@ def from_main(value: Any, world: World) -> Any:
     return values[0]
 
 
+def from_all(value: Any, world: World) -> list[Any]:
+    """The values of all processes, by rank, on all of them. The device is not involved."""
+    values = [value]
+    if world.distributed:
+        values = [None] * world.size
+        dist.all_gather_object(values, value, group=world.host_group)
+    return values
+
+
 def on_main(function: Callable[[], Any], world: World) -> Any:
     """What `function` returns on the main process, on all of them. If it raises a UserError there, all raise one: a
     launcher ends the others as soon as one process has ended, so none may go on alone."""

@@ -23,10 +23,13 @@ from runtime.checkpoint import (
     read_training_state,
     save_checkpoint,
 )
-from runtime.distributed import World, on_main
+from runtime.distributed import World, from_all, from_main, on_main
 from utils import UserError, process_runs, writing_to
 
 LOCK = "run.lock"
+# How long a machine may take to see what another one has written to a shared disk: NFS remembers for up to a minute
+# that a file was not there.
+SHARED_WITHIN = 60.0
 _EPOCH = re.compile(r"ckpt_epoch_(\d+)\.pth")
 
 
@@ -144,7 +147,7 @@ def open_run_folder(config, world: World) -> Iterator[RunFolder]:
     """The run's folder, made if it is not there. Inside `with`, no other run may use it.
 
     Raises:
-        UserError: it cannot be written, or another process trains there.
+        UserError: it cannot be written, another process trains there, or a machine of this run has another disk there.
     """
     folder, lock = run_path(config), None
 
@@ -156,9 +159,35 @@ def open_run_folder(config, world: World) -> Iterator[RunFolder]:
 
     with contextlib.ExitStack() as stack:
         on_main(take, world)
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)  # on other machines, which may not share the disk
+        _check_shared(folder, lock, world)
         yield RunFolder(config, lock)
+
+
+def _check_shared(folder: Path, lock: "Lock | None", world: World) -> None:
+    """Raises a UserError on all processes if a machine does not see the lock that the main process holds: it would have
+    no checkpoint to go on from."""
+    holder = from_main(lock and lock.holder, world)
+    problem = ""
+    if world.local_rank == 0 and not world.is_main and not _sees(folder / LOCK, holder):
+        problem = (
+            f"{folder.absolute()} on {socket.gethostname()} (rank {world.rank}) is not the folder of that name on "
+            f"{holder['host']} (rank 0); accepted for OUTPUT: a folder on a disk that all machines of the run share"
+        )
+    if problem := next(filter(None, from_all(problem, world)), None):
+        raise UserError(problem)
+
+
+def _sees(path: Path, holder: dict[str, Any]) -> bool:
+    """Whether a lock file comes to name that holder within SHARED_WITHIN seconds."""
+    deadline = time.monotonic() + SHARED_WITHIN
+    while True:
+        # Opened anew each time, when NFS asks its server.
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="backslashreplace") as file:
+            if _read_lock(file) == holder:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 class Lock:
@@ -169,12 +198,13 @@ class Lock:
 
     Attributes:
         notes: for the log: that a killed run left its lock behind.
+        holder: what the file says: host, process, and since when.
     """
 
     def __init__(self, path: Path):
         self.path, self.notes = path, []
         since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-        self._me = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+        self.holder = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
 
     def __enter__(self) -> "Lock":
         # Opened only once: the system releases a process's lock as soon as it closes the file anywhere.
@@ -196,7 +226,7 @@ class Lock:
         except OSError:  # a file system without locks
             supported = False
         holder = _read_lock(self._file)
-        if holder and not supported and (holder["host"] != self._me["host"] or _other_runs(holder["process"])):
+        if holder and not supported and (holder["host"] != self.holder["host"] or _other_runs(holder["process"])):
             hint = f"; if it has ended, delete {self.path} (this file system has no locks that would tell)"
             raise _in_use(self.path, holder, hint)
         if holder:
@@ -204,18 +234,19 @@ class Lock:
                 f"process {holder['process']} on {holder['host']} was training here and was killed; going on"
             )
         self._file.truncate(0)
-        self._file.write(json.dumps(self._me) + "\n")
+        self._file.write(json.dumps(self.holder) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # for other machines: NFS would keep it here
 
     def check(self) -> None:
         """Raises UserError if someone else has taken the lock: on some shared disks other machines do not see it."""
         holder = _read_lock(self._file)
-        if holder and holder != self._me:
+        if holder and holder != self.holder:
             raise _in_use(self.path, holder, "; this run stops without writing there")
 
     def __exit__(self, *exception) -> None:
         with contextlib.suppress(OSError):  # the disk is full or gone; the lock is released all the same
-            if _read_lock(self._file) == self._me:
+            if _read_lock(self._file) == self.holder:
                 self._file.truncate(0)
         self._file.close()
 

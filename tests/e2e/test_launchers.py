@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 
@@ -151,3 +152,30 @@ def test_shell_wrappers(image_folder, tmp_path):
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         assert expected in result.stdout
+
+
+def test_machine_that_does_not_share_the_disk(tmp_path):
+    # Two machines, each with another folder under the same relative name
+    driver = tmp_path / "main_in_a_hurry.py"
+    driver.write_text(
+        "import runpy, runtime.run_folder\n"
+        "runtime.run_folder.SHARED_WITHIN = 1.0\n"
+        f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
+    )
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    machine = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    config = ROOT / "configs/strip_mlp_pico_digits.yaml"
+    command = (driver, "--cfg", config, "--output", "output", "--opts", *TINY)
+    runs = []
+    for rank in range(2):
+        cwd = tmp_path / f"machine{rank}"
+        cwd.mkdir()
+        runs.append(Run(*command, cwd=cwd, **job, **machine, RANK=str(rank)))
+    assert [run.wait() for run in runs] == [1, 1]
+    folder = tmp_path / "machine1/output/strip_mlp_pico_digits/default"
+    for run in runs:
+        assert f"error: {folder} on {socket.gethostname()} (rank 1) is not the folder of that name" in run.stderr
+        assert "accepted for OUTPUT: a folder on a disk that all machines of the run share" in run.stderr
+    assert not (tmp_path / "machine1/output").exists()
+    left = [path.name for path in (tmp_path / "machine0").rglob("*") if path.is_file()]
+    assert left == ["run.lock"]
