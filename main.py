@@ -151,7 +151,7 @@ def fit(
     classes, scaler = train_loader.dataset.classes, build_scaler(amp, world.device)
     state = TrainingState(model, optimizer, scaler, amp, classes, build_ema(config, model))
     log_plan(config, train_loader, eval_loader, steps, scale, amp, logger)
-    wrapped = wrap(model, world, config.TRAIN.COMPILE)
+    wrapped = wrap(model, world)
     # After wrapping, which gives all processes rank 0's running statistics.
     restore_state(state, start, config, len(train_loader.dataset), steps, world, logger)
 

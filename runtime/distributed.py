@@ -218,7 +218,7 @@ def lost_processes_named() -> Iterator[None]:
         ) from error
 
 
-def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
+def wrap(model: nn.Module, world: World) -> nn.Module:
     """The model as training calls it: under DistributedDataParallel if there are several processes, else itself.
 
     All processes start with rank 0's weights and running statistics. Afterwards each has running statistics of its own.
@@ -241,6 +241,7 @@ def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
         **no_broadcast,
     )
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    if compiled:  # the compiler's gradients of 1 x 1 kernels have other strides in dimensions of one element
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Gradients of depthwise kernels, and the compiler's of 1 x 1 kernels, have other strides in dimensions of one
+    # element, where strides mean nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return wrapped
