@@ -55,6 +55,8 @@ BOOKKEEPING = (
 )
 # Data sets that do not depend on the path
 SAME_ANYWHERE = ("CIFAR10", "CIFAR100", "FashionMNIST", "MNIST", "KMNIST", "EMNIST", "digits")
+# In names such as small_convnext, which is of another family than small_vit
+SIZE_FIRST = re.compile(r"^((nano|pico|tiny|small|base|large)_)+")
 # matplotlib's "tableau-colorblind10"
 COLORS = ("#006BA4", "#FF800E", "#595959", "#5F9ED1", "#C85200", "#A2C8EC", "#898989", "#FFBC79", "#ABABAB", "#CFCFCF")
 
@@ -220,7 +222,8 @@ class Model:
         """Runs of the same family share a colour."""
         values = self.runs[0].values
         name = values["MODEL.NAME"] if values["MODEL.TYPE"] == "timm" else "strip_mlp"
-        return re.match(r"[A-Za-z]*(_mlp)?", name)[0] or name
+        named = SIZE_FIRST.sub("", name)
+        return re.match(r"[A-Za-z]*(_mlp)?", named)[0] or name
 
 
 def as_models(runs: Sequence[Run]) -> list[Model]:
@@ -328,7 +331,7 @@ def differences(models: Sequence[Model]) -> tuple[str, str] | None:
 def draw_accuracy(models: Sequence[Model]) -> Figure:
     """The paper's figure 4, top-1 against parameters and against multiply-adds, and top-1 against minutes of training,
     there with a thin line for the epochs before the last. Models of one family that differ in name are a line;
-    variations of one model are points."""
+    variations of one model, and families of one, are points."""
     figure = Figure(figsize=(18, 5.5), layout="constrained")
     shown = [model for model in models if model.size and model.statistics("last")[0] is not None]
     families: dict[str, list[Model]] = {}
@@ -337,7 +340,7 @@ def draw_accuracy(models: Sequence[Model]) -> Figure:
     lines: dict[str, list[Model]] = {}
     for family, members in families.items():
         drawn = [model.runs[0].values["MODEL.NAME"] for model in members if model in shown]
-        is_line = len(set(drawn)) == len(drawn)
+        is_line = len(set(drawn)) == len(drawn) > 1
         lines |= {family: members} if is_line else {model.name: [model] for model in members}
     for axes, what in zip(figure.subplots(1, 3), ("parameters", "macs", "minutes"), strict=True):
         points = [model for model in shown if model.cost(what) is not None]

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from compare_runs import as_models, differences, find_runs, table
+from compare_runs import as_models, differences, draw_accuracy, find_runs, table
 
 from config import load_config, save_config
 from tests.helpers import ROOT, python
@@ -102,6 +102,17 @@ def test_values_of_another_kind_of_model_do_not_count(run_folder, tmp_path):
     models = as_models(find_runs([tmp_path]))
     assert [len(model.runs) for model in models] == [2]
     assert differences(models) is None
+
+
+def test_small_networks_are_no_family(run_folder, tmp_path):
+    for name in ("convnext", "vit"):
+        run_folder("default", [50.0, 60.0], cfg=ROOT / f"configs/fashion_mnist/peers/{name}.yaml")
+    models = as_models(find_runs([tmp_path]))
+    assert [model.family for model in models] == ["convnext", "vit"]
+    figure = draw_accuracy(models)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["small_convnext", "small_vit"]
+    assert all(not axes.texts for axes in figure.axes)
 
 
 def test_command(run_folder, tmp_path):
