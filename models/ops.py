@@ -193,15 +193,24 @@ class ChannelsLastGradient(torch.autograd.Function):
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
-def add_positions(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """y[n, c, i, j] = x[n, c, i, j] + table[index[i, j], c], in the dtype of x.
+def add_positions(x: Tensor, table: Tensor, size: tuple[int, int], r: int) -> Tensor:
+    """y[n, c, i, j] = x[n, c, i, j] + table[clamp(j - i, -r, r) + r, c], in the dtype of x.
 
     Args:
         x: (N, C, H, W).
-        table: (rows, C).
-        index: (H, W), rows of the table.
+        table: (2 r + 1, C).
+        size: (H, W).
     """
-    positions = F.embedding(index, table).permute(2, 0, 1)  # (C, H, W)
+    height, width = size
+    # A row of the table for each j - i that the map has, from 1 - H to W - 1. Row i of the map is the window of W of
+    # them that begins at -i. (A tensor of indices would be state, which models that are made on the meta device and
+    # loaded from a checkpoint lose.)
+    below, above = max(height - 1 - r, 0), max(width - 1 - r, 0)
+    rows = table[max(r + 1 - height, 0) : r + width]
+    if below or above:
+        rows = torch.cat([rows[:1].expand(below, -1), rows, rows[-1:].expand(above, -1)])
+    windows = rows.unfold(0, width, 1)  # (H, C, W), the last row of the map first
+    positions = windows.permute(0, 2, 1).flip(0).permute(2, 0, 1)  # (C, H, W), in channels_last as x is
     # Under autocast x is half precision and the table is not: the sum would be promoted to float32.
     return x + positions.to(x.dtype)
 

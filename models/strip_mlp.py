@@ -106,26 +106,19 @@ class RelativePosition(MapSized):
     def __init__(self, dim: int, size: tuple[int, int], radius: str):
         super().__init__()
         check_choice("radius", radius, ("height", "width"))
-        self.radius = radius
+        self.radius, self.size = radius, size
         self.table = nn.Parameter(torch.empty(self.map_length(size), dim))  # (2 r + 1, C')
         trunc_normal_(self.table, std=0.02)
-        self.register_buffer("index", self.table_index(size), persistent=False)
 
     def map_length(self, size: tuple[int, int]) -> int:
         return 2 * size[("height", "width").index(self.radius)] + 1
 
-    def table_index(self, size: tuple[int, int]) -> Tensor:
-        """The row of the table that each position of the map gets, (H, W)."""
-        r = self.map_length(size) // 2
-        difference = torch.arange(size[1])[None, :] - torch.arange(size[0])[:, None]  # j - i
-        return difference.clamp(-r, r) + r
-
     def set_map_size(self, size: tuple[int, int]) -> None:
         super().set_map_size(size)
-        self.index = self.table_index(size).to(self.table.device)
+        self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.add_positions(x, self.table, self.index)
+        return ops.add_positions(x, self.table, self.size, self.map_length(self.size) // 2)
 
 
 class CGSMM(nn.Module):
