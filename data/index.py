@@ -1,5 +1,4 @@
-"""Long lists kept in files. Listing a million files takes seconds, on network file systems minutes. All processes map
-the file into their memory, so that they share one copy.
+"""Long lists kept in files. Listing a million files takes seconds, on network file systems minutes.
 
 A list has "stamps", which say when what it lists was changed last. If they are others now, the file is not used and
 made anew.
@@ -7,6 +6,7 @@ made anew.
 
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +57,8 @@ def kept(kind: type[Kept], path: Path, make: Callable[[], Kept], stamps: Callabl
 
 
 def stamps_of(paths: list[str]) -> np.ndarray:
-    """When the content of each path, and when anything about it, was changed last: (paths, 2) int64, nanoseconds.
-    Raises OSError."""
+    """When the content of each path, and when anything about it, was changed last: (paths, 2) int64, nanoseconds. Take
+    them before what they are of is read: a change meanwhile then shows. Raises OSError."""
     statuses = map(os.stat, paths)
     return np.array([(status.st_mtime_ns, status.st_ctime_ns) for status in statuses], np.int64).reshape(-1, 2)
 
@@ -92,7 +92,7 @@ def write_index(path: Path, value: Kept) -> None:
             arrays |= {f"{name}.text": strings.text, f"{name}.ends": strings.ends}
     content = save({name: torch.tensor(array) for name, array in arrays.items()}, {"format": FORMAT})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -107,7 +107,8 @@ def read_index(path: Path, kind: type[Kept]) -> Kept | None:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 return None
-            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            # Copied. A process that maps a file dies when another machine replaces it on a network file system.
+            arrays = {name: file.get_tensor(name).numpy().copy() for name in file.keys()}  # noqa: SIM118
         values = {}
         for name, type_ in kind.__annotations__.items():
             if type_ is np.ndarray:

@@ -53,20 +53,22 @@ def list_classes(root: Path) -> Listing:
     """One folder per class, in alphabetical order: the same images in the same order as torchvision's ImageFolder.
 
     Raises:
-        DataError: no such folder, no class folders, a class folder without images, or a folder reached twice by links.
+        DataError: no such folder, no class folders, a class folder without images, a folder that cannot be listed, or
+            links that lead to the same folder twice, or nowhere.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
-    classes = sorted(name for name in os.listdir(root) if os.path.isdir(os.path.join(root, name)))
+    found = {os.path.realpath(root): str(root)}
+    stamps: dict[str, tuple[int, int]] = {}
+    classes, _ = _scan(str(root), stamps)
     if not classes:
         raise DataError(f"{root}: has no class folders; accepted: one folder of images per class")
-    found = {os.path.realpath(root): str(root)}
     counts = np.zeros(len(classes), np.int64)
     above = len(os.path.join(root, ""))
 
     def all_paths() -> Iterator[str]:
         for label, name in enumerate(classes):
-            for path in find_images(os.path.join(root, name), found):
+            for path in find_images(os.path.join(root, name), found, stamps):
                 counts[label] += 1
                 yield path[above:]
 
@@ -79,34 +81,40 @@ def list_classes(root: Path) -> Listing:
     _, *below = found.values()
     folders = Strings.of(["", *(folder[above:] for folder in below)])
     targets = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    stamps = stamps_of([os.path.join(root, folder) for folder in folders])
-    return Listing(classes, paths, targets, folders, stamps)
+    return Listing(classes, paths, targets, folders, np.array([stamps[folder] for folder in found.values()], np.int64))
 
 
-def find_images(top: str | Path, found: dict[str, str] | None = None) -> list[str]:
+def find_images(
+    top: str | Path, found: dict[str, str] | None = None, stamps: dict[str, tuple[int, int]] | None = None
+) -> list[str]:
     """Paths of the files with an image's extension in a folder and below it, in torchvision's order: folders sorted,
     and the files of each sorted.
 
     Args:
-        found: see `_walk`.
+        found, stamps: see `_walk`.
 
     Raises:
-        DataError: links lead to the same folder twice.
+        DataError: a folder cannot be listed, or links lead to the same folder twice, or nowhere.
     """
-    folders = sorted(_walk(os.fspath(top), {} if found is None else found))
-    return [os.path.join(folder, file) for folder, files in folders for file in sorted(files) if _is_image(file)]
+    walked = _walk(os.fspath(top), {} if found is None else found, stamps)
+    return [os.path.join(folder, file) for folder, files in sorted(walked) for file in files if _is_image(file)]
 
 
-def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """`top` and the folders below it, with the names of their files. Links are followed.
+def _walk(
+    top: str, found: dict[str, str], stamps: dict[str, tuple[int, int]] | None
+) -> Iterator[tuple[str, list[str]]]:
+    """`top` and the folders below it, with the names of their files, sorted. Links are followed.
 
     Args:
         found: the folders met so far by their real paths; added to.
+        stamps: see `_scan`.
 
     Raises:
-        DataError: a link leads to a folder met before, or to one that contains it, which would never end.
+        DataError: a link leads to a folder met before, or to one that contains it, which would never end; see `_scan`.
     """
-    for folder, _, files in os.walk(top, followlinks=True):
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
         # Made absolute first: the parent of "." or "images/" cannot be read off the path.
         real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
         other = found.setdefault(real, folder)
@@ -115,7 +123,43 @@ def _walk(top: str, found: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
             raise DataError(f"{both} are the same folder through links: its images would count twice")
         if os.path.commonpath([real, outer]) == real:
             raise DataError(f"{printable(folder)} is a link to a folder that contains it")
+        folders, files = _scan(folder, stamps)
         yield folder, files
+        waiting += [os.path.join(folder, name) for name in reversed(folders)]
+
+
+def _scan(folder: str, stamps: dict[str, tuple[int, int]] | None) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, sorted. Links are followed.
+
+    Args:
+        stamps: by folder, when it was changed last; added to. They are read before its content is: what is changed
+            meanwhile has another time than the one that is kept. None if it does not matter, nor does a link that
+            leads nowhere.
+
+    Raises:
+        DataError: it cannot be listed, or a link leads nowhere: what it stands for would be missing in silence.
+    """
+    folders, files = [], []
+    try:
+        ((mtime, ctime),) = stamps_of([folder]).tolist()
+        if stamps is not None:
+            stamps[folder] = (mtime, ctime)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                    continue
+                files.append(entry.name)
+                # An image that is gone is counted as unreadable later. Hidden links are editors' locks.
+                matters = stamps is not None and not _is_image(entry.name) and not entry.name.startswith(".")
+                if matters and entry.is_symlink() and not os.path.exists(entry.path):
+                    raise DataError(
+                        f"{printable(entry.path)}: a link to {printable(os.readlink(entry.path))}, which is not there; "
+                        "accepted: links to folders and files that are there"
+                    )
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: cannot be listed: {error.strerror}") from error
+    return sorted(folders), sorted(files)
 
 
 def _is_image(name: str) -> bool:

@@ -16,7 +16,6 @@ from data.errors import DataError
 from data.index import index_paths, read_index
 from data.listing import Listing, list_classes, list_folder
 
-MAPS = Path("/proc/self/maps")
 NAMES = ["a.jpg", "größer 試.png", "", "bytes \udcff.png", "x" * 300]
 
 
@@ -192,10 +191,57 @@ def test_index_does_not_hide_errors(folder):
         list_folder(folder)
 
 
-def test_arrays_are_mapped_not_read(folder):
+def test_file_may_be_damaged_while_its_list_is_used(folder):
     list_folder(folder)
-    found = read_index(index_paths(folder)[0], Listing)
-    if not MAPS.exists():
-        pytest.skip("Linux only")
-    assert ".train.index" in MAPS.read_text()
-    assert list(found.paths) == LISTED[1]
+    path, _ = index_paths(folder)
+    found = read_index(path, Listing)
+    os.truncate(path, 0)  # a process that maps it would die here
+    assert content(found) == LISTED
+
+
+def test_change_while_it_is_listed(folder, monkeypatch):
+    scan = listing._scan
+
+    def scan_and_add(path, stamps):
+        found = scan(path, stamps)
+        if path.endswith("/b") and not (folder / "b/late.jpg").exists():
+            (folder / "b/late.jpg").touch()
+        return found
+
+    monkeypatch.setattr(listing, "_scan", scan_and_add)
+    assert content(list_folder(folder)) == LISTED
+    assert len(list_folder(folder).paths) == 5
+
+
+@pytest.mark.parametrize("name", ["", "a", "a/deep"])
+def test_folder_that_cannot_be_listed(folder, name, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == folder / name:
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=f"{folder / name}: cannot be listed: Permission denied"):
+        list_folder(folder)
+    assert not any(path.exists() for path in index_paths(folder))
+
+
+@pytest.mark.parametrize("name", ["c", "a/more"])
+def test_link_to_a_folder_that_is_not_there(folder, tmp_path, name):
+    (folder / name).symlink_to(tmp_path / "pool")
+    with pytest.raises(DataError, match=rf"{folder / name}: a link to {tmp_path}/pool, which is not there"):
+        list_folder(folder)
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool/9.jpg").touch()
+    assert f"{name}/9.jpg" in list_folder(folder).paths
+
+
+def test_links_that_do_not_matter(folder, tmp_path):
+    (folder / "a/.#notes").symlink_to(tmp_path / "editor's lock")
+    assert content(list_folder(folder)) == LISTED
+    (folder / "a/9.jpg").symlink_to(tmp_path / "gone.jpg")  # counted as unreadable, as any image
+    assert "a/9.jpg" in list_folder(folder).paths
+    (folder / "a/more").symlink_to(tmp_path / "pool")
+    assert len(listing.find_images(folder)) == 5  # images to classify: what else is there does not matter
