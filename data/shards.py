@@ -8,6 +8,7 @@ its file, so that any image can be read without those before it.
 import hashlib
 import json
 import os
+import re
 import tarfile
 from array import array
 from collections import OrderedDict
@@ -27,6 +28,14 @@ from utils import printable, shorten
 BLOCK = 512  # of a tar file
 MOST_LABEL_BYTES = 2**20
 MOST_OPEN_SHARDS = 64
+LABELS = (".cls", ".json")
+# Written by tools/make_shards.py: what the shards of each split are, also those that are not finished
+NOTES = "shards.json"
+# "medieval" and "retrieval" are not for validation.
+SPLITS = {
+    "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE),
+    "val": re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE),
+}
 
 
 class ShardList(NamedTuple):
@@ -54,22 +63,20 @@ class ShardList(NamedTuple):
 
 
 class ShardSource(FileSource):
-    """The images of the shards of one split in a folder: `*train*.tar`, for example.
+    """The images of the shards of one split in a folder (see `find_shards`).
 
     Args:
         root: the folder. If it has `classes.txt`, a name per line, that names the classes.
         split: "train" or "val".
 
     Raises:
-        DataError: no such shards, a damaged one, or members that cannot be used.
+        DataError: no such shards, one that is missing or damaged, or members that cannot be used.
     """
 
     def __init__(self, root: Path, split: str):
         super().__init__()
         self._root = root
-        paths = sorted(root.glob(f"*{split}*.tar"))
-        if not paths:
-            raise DataError(f"{printable(str(root))}: no shards *{split}*.tar in it; accepted: WebDataset's tar files")
+        paths = find_shards(root, split)
 
         def stamps_now(found: ShardList) -> np.ndarray:
             # A shard more or less is another count of stamps.
@@ -110,15 +117,47 @@ class ShardSource(FileSource):
             os.close(descriptor)
 
 
+def find_shards(root: Path, split: str) -> list[Path]:
+    """The tar files in a folder whose names have the split as a word, sorted.
+
+    Raises:
+        DataError: there are none, one is of both splits, or one that `tools/make_shards.py` has noted is missing.
+    """
+    paths = sorted(path for path in root.glob("*.tar") if SPLITS[split].search(path.name))
+    if not paths:
+        raise DataError(
+            f"{_show(root)}: no shards of {split} in it; accepted: WebDataset's tar files with {split} as a word in "
+            f"their names, such as {split}-000000.tar"
+        )
+    both = [path for path in paths if all(words.search(path.name) for words in SPLITS.values())]
+    if both:
+        raise DataError(f"{_show(both[0])}: is it for training or for validation? accepted: one of them in its name")
+    try:
+        noted = json.loads((root / NOTES).read_text())["splits"][split]["shards"]
+        missing = [name for name in noted if not (root / name).is_file()]
+    except FileNotFoundError:
+        return paths  # of other origin
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{_show(root / NOTES)}: damaged, or not of these shards: {error!r}") from error
+    if missing:
+        raise DataError(
+            f"{_show(root)}: {len(missing)} of the {len(noted)} shards of {split} are missing: {shorten(missing)}; get "
+            "them again, or call tools/make_shards.py again, which goes on where it was stopped"
+        )
+    return paths
+
+
 def _classes(root: Path, labels: int) -> tuple[list[str], bool]:
     """The names of the classes, and whether the data has them."""
     path = root / "classes.txt"
     if not path.is_file():
         return [str(label) for label in range(labels)], False
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{printable(str(path))}: cannot be read: {error}") from error
+    if "" in names:
+        raise DataError(f"{printable(str(path))}: line {names.index('') + 1} is empty; accepted: a name in each line")
     if len(names) < labels or len(set(names)) < len(names):
         raise DataError(
             f"{printable(str(path))}: has {len(names)} names, {len(set(names))} of them different; the shards have "
@@ -133,6 +172,7 @@ def list_shards(paths: list[Path]) -> ShardList:
     Raises:
         DataError: a damaged file, an image without a label, a label without an image, two samples of the same name.
     """
+    stamps = stamps_of(list(map(str, paths)))  # before they are read
     columns = {"of_shard": "i", "starts": "q", "sizes": "q", "targets": "i", "hashes": "q"}
     rows = {name: array(code) for name, code in columns.items()}
 
@@ -157,13 +197,14 @@ def list_shards(paths: list[Path]) -> ShardList:
         both = (f"{_show(paths[found['of_shard'][i]])}:{printable(names[i])}" for i in (first, second))
         raise DataError(f"{' and '.join(both)} have the same name; accepted: each sample once")
     shards = Strings.of(path.name for path in paths)
-    return ShardList(shards, names, stamps=stamps_of(list(map(str, paths))), **found)
+    return ShardList(shards, names, stamps=stamps, **found)
 
 
 def _samples(path: Path) -> dict[str, tuple[str, int, int, int]]:
     """The samples of a shard by name: member that is the image, its first byte, its size, label."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    with_cls: set[str] = set()
     for member, content in _members(path):
         folder, slash, file = member.name.rpartition("/")
         stem, _, suffix = file.partition(".")
@@ -173,6 +214,9 @@ def _samples(path: Path) -> dict[str, tuple[str, int, int, int]]:
                 raise DataError(f"{_show(path)}: has two images of {printable(key)}; accepted: each sample once")
             images[key] = (member.name, member.offset_data, member.size)
         elif suffix == ".cls":
+            if key in with_cls:
+                raise DataError(f"{_show(path)}: has two labels of {printable(key)}; accepted: each sample once")
+            with_cls.add(key)
             labels[key] = _cls_label(content)
             if labels[key] is None:
                 raise DataError(
@@ -194,23 +238,34 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """The files in a tar file, and the content of labels.
 
     Raises:
-        DataError: it is damaged or incomplete.
+        DataError: it is damaged or incomplete, or has an image or a label as a link or with holes.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             end = 0
-            for member in tar:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK if member.isreg() else member.offset_data
+            while (member := tar.next()) is not None:
+                tar.members = []  # which would keep half a kilobyte for each
+                if member.size < 0 or member.offset < end:
+                    raise DataError(f"{_show(path)}: damaged: {printable(member.name)} has an impossible size or place")
                 if not member.isreg() or member.issparse():
+                    if member.name.lower().endswith((*IMG_EXTENSIONS, *LABELS)) and not member.isdir():
+                        raise DataError(
+                            f"{_show(path)}: {printable(member.name)} is a link or has holes; accepted: plain files "
+                            "(tar --dereference --hard-dereference, without --sparse)"
+                        )
+                    end = member.offset_data
                     continue
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 content = b""
-                if member.name.lower().endswith((".cls", ".json")):
+                if member.name.lower().endswith(LABELS):
                     content = tar.extractfile(member).read(MOST_LABEL_BYTES)
                 yield member, content
             # tarfile takes a file that was cut between two members for a complete one.
             tar.fileobj.seek(end)
             complete = tar.fileobj.read(BLOCK) == bytes(BLOCK)
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         raise DataError(f"{_show(path)}: not a tar file, or damaged: {printable(str(error))}") from error
     if not complete:
         raise DataError(f"{_show(path)}: ends without a tar file's end mark: it is incomplete; get it again")

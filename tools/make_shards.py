@@ -4,12 +4,15 @@
     cd <output> && sha256sum --check SHA256SUMS
 
 The folder has train/ and val/ with one folder per class. The output gets train-000000.tar and so on, val-000000.tar and
-so on, classes.txt (a name per line, in label order) and SHA256SUMS. In a tar file each image, byte for byte, is
-followed by its label in a .cls file. The images are in the order of the folder. A second call, after the first was
-stopped, goes on with the tar file that was not finished. Train on them with DATA.DATASET wds.
+so on, classes.txt (a name per line, in label order), SHA256SUMS, and shards.json, which says which tar files there
+must be. In a tar file each image, byte for byte, is followed by its label in a .cls file. The images are in the order
+of the folder. A second call, after the first was stopped, goes on with the tar file that was not finished. Train on
+them with DATA.DATASET wds.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -40,9 +43,10 @@ if __name__ == "__main__":
     parse_first(parse_args)
 
 from data.listing import Listing, list_folder
+from data.shards import NOTES
 from data.sources import read_file
 
-SUMS = "SHA256SUMS"
+SUMS, LOCK = "SHA256SUMS", ".make_shards.lock"
 
 
 class Hashing:
@@ -68,43 +72,70 @@ def main() -> None:
     for split, listing in others:
         if listing.classes != first[1].classes:
             raise UserError(f"{args.folder}: {first[0]}/ and {split}/ have different classes; accepted: the same ones")
-    with writing_to(args.output):
-        args.output.mkdir(parents=True, exist_ok=True)
-        check_same_task(args, listings)
-        classes = "".join(f"{printable(name)}\n" for name in first[1].classes)
-        (args.output / "classes.txt").write_text(classes, encoding="utf-8")
+    with writing_to(args.output), alone_in(args.output):
+        take_note(args, listings)
+        write_text(args.output / "classes.txt", "".join(f"{printable(name)}\n" for name in first[1].classes))
         for split, listing in listings.items():
             write_split(args.output, split, args.folder / split, listing, args.images)
 
 
-def check_same_task(args: argparse.Namespace, listings: dict[str, Listing]) -> None:
-    """Remembers in .make_shards.json what is written, or checks that it is what an earlier call began.
+@contextlib.contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Inside, no other call writes into the folder, which is made if it is not there.
 
     Raises:
-        UserError: the output is of other images, or was cut otherwise, or is not ours.
+        UserError: another one does, or the folder is not ours.
     """
-    digests = {}
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / NOTES).exists() and any(path.name != LOCK for path in output.iterdir()):
+        raise UserError(f"{output}: holds other files; accepted: a new or empty folder")
+    with open(output / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another call of this tool writes there; wait for it to end") from None
+        yield
+        (output / LOCK).unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def take_note(args: argparse.Namespace, listings: dict[str, Listing]) -> None:
+    """Writes into shards.json what is going to be made, or checks that it is what an earlier call began.
+
+    Raises:
+        UserError: the output is of other images or classes, or was cut otherwise.
+    """
+    path, classes = args.output / NOTES, next(iter(listings.values())).classes
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        per_shard, splits, same = known["images"], known["splits"], known["classes"] == classes
+    except FileNotFoundError:
+        per_shard, splits, same = args.images, {}, True
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); choose another output") from error
+    if per_shard != args.images:
+        raise UserError(f"{args.output}: was begun with --images {per_shard}, not {args.images}")
+    if not same:
+        raise UserError(f"{args.output}: was begun with other classes; accepted: the same ones, or another output")
     for split, listing in listings.items():
         sha = hashlib.sha256(listing.paths.text.tobytes())
         sha.update(listing.paths.ends.tobytes() + listing.targets.tobytes())
-        digests[split] = sha.hexdigest()
-    path = args.output / ".make_shards.json"
-    try:
-        known = json.loads(path.read_text())
-    except FileNotFoundError:
-        if any(args.output.iterdir()):
-            raise UserError(f"{args.output}: holds other files; accepted: a new or empty folder") from None
-        known = {"images": args.images, "splits": {}}
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); choose another output") from error
-    if known["images"] != args.images:
-        raise UserError(f"{args.output}: was begun with --images {known['images']}, not {args.images}")
-    for split, digest in digests.items():
-        if known["splits"].setdefault(split, digest) != digest:
+        about = {"files": sha.hexdigest(), "shards": list(shard_names(split, listing, args.images))}
+        if splits.setdefault(split, about) != about:
             raise UserError(
                 f"{args.output}: was begun when {args.folder / split} had other files; choose another output"
             )
-    path.write_text(json.dumps(known))
+    write_text(path, json.dumps({"images": args.images, "classes": classes, "splits": splits}, indent=1) + "\n")
+
+
+def shard_names(split: str, listing: Listing, per_shard: int) -> Iterator[str]:
+    yield from (f"{split}-{number:06d}.tar" for number in range(-(-len(listing.paths) // per_shard)))
 
 
 def write_split(output: Path, split: str, root: Path, listing: Listing, per_shard: int) -> None:
@@ -112,28 +143,23 @@ def write_split(output: Path, split: str, root: Path, listing: Listing, per_shar
     listed = output / SUMS
     lines = listed.read_text().splitlines() if listed.exists() else []
     sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    count = len(listing.paths)
-    shards = -(-count // per_shard)
-    for number in range(shards):
-        path = output / f"{split}-{number:06d}.tar"
-        if path.name in sums and path.exists():
+    names = list(shard_names(split, listing, per_shard))
+    for number, name in enumerate(names):
+        path = output / name
+        if name in sums and path.exists():
             continue
-        indices = range(number * per_shard, min((number + 1) * per_shard, count))
-        temporary = output / f".{path.name}.tmp"
-        sums[path.name] = write_shard(temporary, root, listing, indices)
+        indices = range(number * per_shard, min((number + 1) * per_shard, len(listing.paths)))
+        temporary = output / f".{name}.tmp"
+        sums[name] = write_shard(temporary, root, listing, indices)
         # The sum first: a tar file without one would not be known as finished.
-        listed.with_name(f".{SUMS}.tmp").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        os.replace(listed.with_name(f".{SUMS}.tmp"), listed)
+        write_text(listed, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
         os.replace(temporary, path)
-        print(f"{path}: {len(indices)} images ({number + 1} of {shards})", flush=True)
+        print(f"{path}: {len(indices)} images ({number + 1} of {len(names)})", flush=True)
 
 
 def write_shard(path: Path, root: Path, listing: Listing, indices: range) -> str:
-    """Writes a tar file that depends on nothing but names, labels and contents, and returns its SHA-256.
-
-    Raises:
-        UserError: an image that cannot be read.
-    """
+    """Writes a tar file that depends on nothing but names, labels and contents, and returns its SHA-256. A file that
+    cannot be read becomes an empty one, with a warning: in training it counts as unreadable, as in the folder."""
     file = Hashing(path)
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for index in indices:
@@ -141,7 +167,9 @@ def write_shard(path: Path, root: Path, listing: Listing, indices: range) -> str
             try:
                 content = read_file(os.path.join(root, name))
             except OSError as error:
-                raise UserError(f"{printable(str(root / name))}: cannot be read: {error}") from error
+                problem = f"{printable(str(root / name))}: cannot be read: {printable(str(error))}"
+                print(f"warning: {problem}; it is empty in {path.name[1:-4]}", file=sys.stderr)
+                content = b""
             for member, data in members(index, name, content, int(listing.targets[index])):
                 about = tarfile.TarInfo(member)
                 about.size = len(data)
@@ -155,6 +183,8 @@ def members(index: int, name: str, content: bytes, label: int) -> Iterator[tuple
     unique, so the number of the image ends it: two files may differ in what follows the dot alone."""
     folder, _, file = name.rpartition("/")
     stem, suffix = os.path.splitext(file)
+    if not suffix:  # a file with no more than a suffix for its name
+        stem, suffix = "", stem
     key = f"{folder}/{stem.replace('.', '_')}_{index:09d}"
     yield f"{key}{suffix.lower()}", content
     yield f"{key}.cls", str(label).encode()

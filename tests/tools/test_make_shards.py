@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from data import build_sources
+from data.errors import DataError
+from data.shards import ShardSource
 from tests.helpers import TINY, python, read_metrics, trained_model, write_image_folder
 from tests.unit.test_data import config_with, world
 from utils import UserError
@@ -27,8 +29,8 @@ def folder(tmp_path):
     return root
 
 
-def make(folder, output, *options):
-    return python("tools/make_shards.py", folder, output, *options)
+def make(folder, output, *options, ok=True):
+    return python("tools/make_shards.py", folder, output, *options, ok=ok)
 
 
 def contents(output):
@@ -40,7 +42,7 @@ def test_shards_hold_what_the_folder_holds(folder, tmp_path):
     assert "train-000002.tar: 3 images (3 of 3)" in result.stdout
     files = contents(tmp_path / "shards")
     tars = [f"train-{i:06d}.tar" for i in range(3)] + ["val-000000.tar"]
-    assert sorted(files) == ["SHA256SUMS", "classes.txt", *tars]
+    assert sorted(files) == ["SHA256SUMS", "classes.txt", "shards.json", *tars]
     assert files["SHA256SUMS"].decode() == "".join(f"{hashlib.sha256(files[n]).hexdigest()}  {n}\n" for n in tars)
 
     plain = build_sources(config_with(DATA__DATASET="imagenet", DATA__DATA_PATH=str(folder)), world())
@@ -67,7 +69,11 @@ def test_stopped_and_called_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["make_shards.py", str(folder), str(tmp_path / "again"), "--images", "4"])
     with pytest.raises(KeyboardInterrupt):
         make_shards.main()
-    assert len(contents(tmp_path / "again")) == 4  # two tar files, sums and classes
+    assert len(contents(tmp_path / "again")) == 5  # two tar files, sums, classes and notes
+    with pytest.raises(
+        DataError, match=r"2 of the 4 shards of train are missing: train-000002.tar, train-000003.tar; get"
+    ):
+        ShardSource(tmp_path / "again", "train")
     make_shards.main()
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
     assert len(calls) == 3 + 4  # none of the finished ones again
@@ -91,6 +97,59 @@ def test_output_of_something_else(folder, tmp_path, monkeypatch, what):
     with pytest.raises(UserError, match=message):
         make_shards.main()
     assert contents(output) == before
+
+
+def test_one_split_after_the_other(folder, tmp_path):
+    output = tmp_path / "shards"
+    make(folder, output, "--splits", "train")
+    make(folder, output, "--splits", "val")
+    make(folder, tmp_path / "both")
+    assert contents(output) == contents(tmp_path / "both")
+
+
+def test_one_split_after_the_other_with_other_classes(folder, tmp_path):
+    output = tmp_path / "shards"
+    make(folder, output, "--splits", "train")
+    before = contents(output)
+    sorted((folder / "val").iterdir())[0].rename(folder / "val/another")
+    result = make(folder, output, "--splits", "val", ok=False)
+    assert (result.returncode, contents(output)) == (1, before)
+    assert "was begun with other classes" in result.stderr
+
+
+def test_files_that_cannot_be_read_are_empty_ones(folder, tmp_path):
+    first = sorted(path for path in (folder / "train").rglob("*.*") if path.is_file())[0]
+    first.unlink()
+    first.symlink_to("nowhere")
+    result = make(folder, tmp_path / "shards")
+    assert f"warning: {first}: cannot be read: " in result.stderr
+    source = ShardSource(tmp_path / "shards", "train")
+    assert [source.read(i) for i in range(len(source))].count(b"") == 1
+
+
+def test_file_with_no_more_than_a_suffix_for_its_name(folder, tmp_path):
+    first = sorted((folder / "val").rglob("*.jpg"))[0]
+    first.rename(first.with_name(".jpg"))
+    make(folder, tmp_path / "shards")
+    assert len(ShardSource(tmp_path / "shards", "val")) == 5
+
+
+def test_two_calls_at_once(folder, tmp_path):
+    output = tmp_path / "shards"
+    with make_shards.alone_in(output):
+        result = make(folder, output, ok=False)
+    assert result.returncode == 1 and "another call of this tool writes there" in result.stderr
+    make(folder, output)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"images": 5}'])
+def test_damaged_notes(folder, tmp_path, text):
+    make(folder, tmp_path / "shards")
+    (tmp_path / "shards/shards.json").write_text(text)
+    result = make(folder, tmp_path / "shards", ok=False)
+    assert result.returncode == 1 and "shards.json: damaged" in result.stderr
+    with pytest.raises(DataError, match=r"shards.json: damaged, or not of these shards"):
+        ShardSource(tmp_path / "shards", "train")
 
 
 def as_zip(source, output, split):

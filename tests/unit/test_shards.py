@@ -64,6 +64,17 @@ def test_names_of_classes(root):
     assert (source.classes, source.has_names) == (["cat", "dog", "kürbis", "unused"], True)
 
 
+def test_names_of_classes_with_a_byte_order_mark(root):
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\nbird\r\n")
+    assert ShardSource(root, "train").classes == ["cat", "dog", "bird"]
+
+
+def test_empty_line_among_the_names_of_classes(root):
+    (root / "classes.txt").write_text("cat\ndog\nbird\n\n")
+    with pytest.raises(DataError, match=r"classes.txt: line 4 is empty"):
+        ShardSource(root, "train")
+
+
 @pytest.mark.parametrize("text", ["cat\ndog\n", "cat\ncat\ndog\n"])
 def test_names_that_do_not_fit(root, text):
     (root / "classes.txt").write_text(text)
@@ -111,6 +122,7 @@ def test_labels(tmp_path, labels):
         ({"a.cls": b"0"}, "no image for a"),
         ({"a.b.png": b"", "a.cls": b"0"}, "no image for a"),
         ({"a.png": b"", "a.jpg": b"", "a.cls": b"0"}, "two images of a"),
+        ({"a.png": b"", "a.cls": b"0", "a.CLS": b"1"}, "two labels of a"),
         ({"a.png": b"", "a.cls": b"cat"}, "a.cls has b'cat'; accepted: a label"),
         ({"a.png": b"", "a.cls": b"-1"}, "a.cls has"),
         ({"a.png": b"", "a.cls": b"9" * 18}, "a.cls has"),
@@ -151,8 +163,62 @@ def test_damaged_shard(root, damage):
 
 
 def test_no_shards(tmp_path):
-    with pytest.raises(DataError, match=r"no shards \*train\*\.tar"):
+    for name in ("trainval-0.tar", "constraint-0.tar", "medieval.tar", "train.txt"):
+        (tmp_path / name).touch()
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=f"no shards of {split} in it; accepted: .* such as {split}-000000.tar"):
+            ShardSource(tmp_path, split)
+
+
+def test_split_is_a_word_of_the_name(tmp_path):
+    for number, name in enumerate(("medieval-train-0", "Training_1", "x.validation.0", "2_val")):
+        write_tar(tmp_path / f"{name}.tar", sample(number, number))
+    assert ShardSource(tmp_path, "train").targets.tolist() == [1, 0]
+    assert ShardSource(tmp_path, "val").targets.tolist() == [3, 2]
+
+
+def test_shard_of_both_splits(root):
+    (root / "train-and-val.tar").touch()
+    with pytest.raises(DataError, match=r"train-and-val.tar: is it for training or for validation\?"):
+        ShardSource(root, "val")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("name", ["0001.PNG", "0001.cls"])
+def test_link_in_place_of_a_file(tmp_path, kind, name):
+    path = write_tar(tmp_path / "train.tar", sample(0, 0))
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "0000.png"
+        tar.addfile(member)
+    with pytest.raises(DataError, match=f"train.tar: {name} is a link or has holes; accepted: plain files"):
         ShardSource(tmp_path, "train")
+
+
+def test_links_to_other_things(tmp_path):
+    path = write_tar(tmp_path / "train.tar", sample(0, 0))
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("readme.txt")
+        member.type, member.linkname = tarfile.SYMTYPE, "elsewhere"
+        tar.addfile(member)
+    assert ShardSource(tmp_path, "train").read(0) == png(0)
+
+
+@pytest.mark.parametrize("change", [{"size": -1}, {"offset": 0}])
+def test_member_of_impossible_size_or_place(root, monkeypatch, change):
+    following = tarfile.TarFile.next
+    count = iter(range(100))
+
+    def damaged(tar):
+        member = following(tar)
+        if next(count) == 2:
+            for name, value in change.items():
+                setattr(member, name, value)
+        return member
+
+    monkeypatch.setattr(tarfile.TarFile, "next", damaged)
+    with pytest.raises(DataError, match=r"data-train-0.tar: damaged: 0000.cls has an impossible size or place"):
+        ShardSource(root, "train")
 
 
 def test_too_large_a_member(tmp_path, monkeypatch):
