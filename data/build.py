@@ -1,6 +1,8 @@
 """From a config to sources, data sets and loaders."""
 
+import hashlib
 import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from data.memory import InMemoryDataset, collated, suits_batches
 from data.shards import ShardSource
 from data.sources import ArraySource, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
-from runtime.distributed import World, main_process_first
+from runtime.distributed import World, from_all, main_process_first
 from runtime.signals import ignore_signals
 from runtime.slurm import is_task
 from utils import printable
@@ -39,7 +41,8 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     """The sources of `config.DATA`.
 
     Raises:
-        DataError: the data is missing, empty, cannot be downloaded, or training and validation have different classes.
+        DataError: the data is missing, empty, cannot be downloaded, other data on another machine, or training and
+            validation have different classes.
     """
     fraction = config.DATA.VAL_FRACTION
     if fraction:
@@ -48,12 +51,40 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     else:
         splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
+    _check_same_data(config, sources, world)
     if train and val:
         _check_same_classes(config, sources.train.classes, sources.val.classes)
     return Sources(
         sources.train and select(sources.train, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS, config.SEED),
         sources.val and select(sources.val, config.DATA.CLASSES),
     )
+
+
+def _check_same_data(config, sources: Sources, world: World) -> None:
+    """Raises a DataError on all processes if one has other samples than the main process: machines may have copies of
+    the data of which one is not complete, and each process takes its share of what it believes is there."""
+    if not world.distributed:
+        return
+    present = {split: source for split, source in sources._asdict().items() if source}
+    mine = socket.gethostname(), {split: (len(source), _digest(source)) for split, source in present.items()}
+    everyone = from_all(mine, world)
+    main_host, main = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        for split, (count, digest) in found.items():
+            if (count, digest) != main[split]:
+                raise DataError(
+                    f"{config.DATA.DATA_PATH} on {host} (rank {rank}) has {count} samples of {split}, on {main_host} "
+                    f"(rank 0) {main[split][0]}, and they are not the same; accepted: the same data on all machines"
+                )
+
+
+def _digest(source: Source) -> str:
+    """Of the classes, all labels and a thousand names: a sample more or less moves those after it."""
+    some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
+    text = "\0".join([*source.classes, *(source.name(int(index)) for index in some)])
+    sha = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
+    sha.update(np.ascontiguousarray(source.targets).tobytes())
+    return sha.hexdigest()
 
 
 def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
@@ -240,9 +271,10 @@ def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop
 
 def _cores() -> int:
     """This process's share of the CPU cores."""
-    if is_task(os.environ) and os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
-        return int(os.environ["SLURM_CPUS_PER_TASK"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if is_task(os.environ) and os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        # The variable is the batch job's, srun's own --cpus-per-task may be less.
+        return min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]))
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -318,6 +350,8 @@ def _check_same_classes(config, train: list[str], val: list[str]) -> None:
             for split, names in (("train", only_train), ("val", only_val))
             if names
         ]
+        if not differences:
+            differences = ["the same ones in another order"]
         raise DataError(
             f"{config.DATA.DATA_PATH}: train has {len(train)} classes and val {len(val)}; {'; '.join(differences)}; "
             "accepted: the same classes in both"

@@ -2,6 +2,7 @@
 The library keeps them in Arrow files, which all processes map into their memory."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,10 @@ def _load(path: str) -> dict[str, Any]:
     except Exception as error:  # the library raises many kinds: damaged files, no network, no such name
         reason = printable(" ".join(str(error).split())[:1000])
         raise DataError(f"{printable(path)}: cannot be loaded as a data set of Hugging Face: {reason}") from error
-    return dict(found) if isinstance(found, dict) else {str(found.split or "train"): found}
+    if isinstance(found, dict):
+        return dict(found)
+    # Of a part that was saved, such as "train[:1000]", the name of what it is a part of
+    return {re.match(r"\w*", str(found.split or "train"))[0]: found}
 
 
 class HFSource(FileSource):

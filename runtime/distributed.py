@@ -128,15 +128,15 @@ def close_world(world: World) -> None:
 @contextmanager
 def main_process_first(world: World) -> Iterator[None]:
     """The main process runs the body first, then the first process of every other machine, then all others: for
-    downloads into a folder that the machines may or may not share. If the body raises a UserError, the others still get
-    their turn, and may say more."""
+    downloads into a folder that the machines may or may not share. If the body raises an exception, the others still
+    get their turn, and may say more."""
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
     for _ in range(turn if world.distributed else 0):
         dist.barrier()
     failure = None
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         failure = error
     for _ in range(2 - turn if world.distributed else 0):
         dist.barrier()

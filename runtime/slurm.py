@@ -1,6 +1,7 @@
 """Slurm as a launcher: what `srun` tells each task, as the variables that torchrun sets for its processes."""
 
 import re
+import zlib
 from collections.abc import Mapping, MutableMapping
 
 from utils import UserError
@@ -27,8 +28,10 @@ def announce_tasks(environ: MutableMapping[str, str]) -> None:
     on_nodes = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if node >= len(on_nodes):
         raise UserError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE has {len(on_nodes)} nodes")
-    # A port for each step of each job: two on one machine do not meet. A job that was requeued has its port again.
-    number = _number(environ, "SLURM_JOB_ID") * 8 + _number(environ, "SLURM_STEP_ID")
+    # A port for each step of each job, so that two on one machine hardly meet. A job that was requeued has its port
+    # again.
+    job, step = _number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID")
+    number = zlib.crc32(f"{job}.{step}".encode())
     found = {
         "RANK": rank,
         "WORLD_SIZE": size,

@@ -24,6 +24,7 @@ import json
 import os
 import random
 import select
+import shlex
 import signal
 import struct
 import subprocess
@@ -88,6 +89,8 @@ def machines(slow: bool = False) -> Iterator[None]:
     """Inside, two namespaces that reach each other, and nothing else, over INTERFACE."""
     with contextlib.ExitStack() as stack:
         for node in NODES:
+            with contextlib.suppress(UserError):  # left by a drill that was killed
+                ip("netns", "del", node)
             ip("netns", "add", node)
             stack.callback(ip, "netns", "del", node)
             ip("-n", node, "link", "set", "lo", "up")
@@ -307,12 +310,13 @@ class Drill:
         return f"{seconds[0]:.1f} s per epoch without, {seconds[1]:.1f} s with delay and loss; same weights"
 
     def lost(self) -> str:
-        return self._taken_away("lost", lambda: kill_node(1))
+        return self._taken_away("lost", lambda: kill_node(1), "lost the connection to another process")
 
     def cut(self) -> str:
-        return self._taken_away("cut", lambda: ip("-n", NODES[1], "link", "set", INTERFACE, "down"))
+        pull = ("-n", NODES[1], "link", "set", INTERFACE, "down")
+        return self._taken_away("cut", lambda: ip(*pull), "no progress for 90 seconds")
 
-    def _taken_away(self, name: str, take_away: Callable[[], None]) -> str:
+    def _taken_away(self, name: str, take_away: Callable[[], None], said: str) -> str:
         other = self.undisturbed(4)
         with machines():
             job = Job(self.folder / name, 2)
@@ -324,6 +328,8 @@ class Drill:
             # The processes of the first machine; its torchrun then waits for a second machine.
             job.wait_for("noticed", lambda: not training_processes(job, 0))
             noticed = time.monotonic() - at
+            if said not in job.console(0).read_text():
+                raise Failed(f"the first machine does not say {said!r}; see {job.output}")
             kill_nodes()
             if name == "cut":
                 ip("-n", NODES[1], "link", "set", INTERFACE, "up")
@@ -355,7 +361,7 @@ class Drill:
             job.restarts = 0
             at = time.monotonic()
             job.start(0)
-            job.start(1, before=f"mount -t tmpfs none {job.output}")
+            job.start(1, before=f"mount -t tmpfs none {shlex.quote(str(job.output))}")
             statuses = job.wait(0, 1)
             seconds = time.monotonic() - at
         text = job.console(0).read_text()

@@ -170,10 +170,8 @@ def row(args: argparse.Namespace, name: str, counted: Work, gpus: int, data_set:
     # The all-reduce goes on beside the backward pass, about two thirds of the step; what is longer is waited for.
     step = max(kernels, launches)
     step += max(0.0, allreduce - 2 / 3 * step)
-    nodes = -(-gpus // args.gpus_per_node)
     images, epochs, gigabytes = DATA_SETS[data_set]
-    # A node that is used in part gives as much of its cores.
-    cores = nodes * args.cores * min(1.0, gpus / args.gpus_per_node)
+    cores = args.cores * gpus / args.gpus_per_node  # a node that is used in part gives as much of its cores
     rates = {
         "GPU": gpus * batch / step,
         "decoding": cores * args.decode,

@@ -154,6 +154,31 @@ def test_shell_wrappers(image_folder, tmp_path):
         assert expected in result.stdout
 
 
+def start_machines(tmp_path, *command):
+    """One process on each of two machines, which are folders: what a relative path leads to is each one's own."""
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    runs = []
+    for rank in range(2):
+        cwd = tmp_path / f"machine{rank}"
+        cwd.mkdir(exist_ok=True)
+        runs.append(Run(*command, cwd=cwd, **job, LOCAL_WORLD_SIZE="1", LOCAL_RANK="0", RANK=str(rank)))
+    return runs
+
+
+@pytest.mark.parametrize("script", ["main.py", "main_eval.py"])
+def test_machine_with_other_data(tmp_path, script):
+    for rank in range(2):
+        write_image_folder(tmp_path / f"machine{rank}/data", train=8, val=4)
+    sorted((tmp_path / "machine1/data/val").rglob("*.jpg"))[0].unlink()
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+    options = ("--data-path", "data", "--output", tmp_path / "output", "--opts", *TINY, "DATA.BATCH_SIZE", "2")
+    runs = start_machines(tmp_path, script, "--cfg", config, *options)
+    assert [run.wait() for run in runs] == [1, 1]
+    host = socket.gethostname()
+    for run in runs:
+        assert f"data on {host} (rank 1) has 3 samples of val, on {host} (rank 0) 4, and they are not" in run.stderr
+
+
 def test_machine_that_does_not_share_the_disk(tmp_path):
     # Two machines, each with another folder under the same relative name
     driver = tmp_path / "main_in_a_hurry.py"
@@ -162,15 +187,8 @@ def test_machine_that_does_not_share_the_disk(tmp_path):
         "runtime.run_folder.SHARED_WITHIN = 1.0\n"
         f"runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
     )
-    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    machine = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     config = ROOT / "configs/strip_mlp_pico_digits.yaml"
-    command = (driver, "--cfg", config, "--output", "output", "--opts", *TINY)
-    runs = []
-    for rank in range(2):
-        cwd = tmp_path / f"machine{rank}"
-        cwd.mkdir()
-        runs.append(Run(*command, cwd=cwd, **job, **machine, RANK=str(rank)))
+    runs = start_machines(tmp_path, driver, "--cfg", config, "--output", "output", "--opts", *TINY)
     assert [run.wait() for run in runs] == [1, 1]
     folder = tmp_path / "machine1/output/strip_mlp_pico_digits/default"
     for run in runs:

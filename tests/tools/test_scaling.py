@@ -74,6 +74,11 @@ def test_bottleneck(tmp_path, options, bottleneck):
     assert {row["bottleneck"] for row in rows} == {bottleneck}
 
 
+def test_node_that_is_used_in_part(tmp_path):
+    rows, _ = table(tmp_path, "--cfg", T, "--efficiency", "0.8", "--gpus", "12", "--cores", "100", "--decode", "10")
+    assert {row["decoding, images/s"] for row in rows} == {"1500"}
+
+
 def test_share_of_the_peaks_that_networks_reach():
     shares = scaling.published_efficiency(["resmlp_36_224", "convnext_small"])
     # Far from 1 would mean that the count is of something else than what the GPU does.

@@ -57,6 +57,15 @@ def save(path, kind, train, val=None, val_name="validation"):
     return path
 
 
+def test_part_of_a_split_that_was_saved(tmp_path):
+    path = save(tmp_path / "data", "parquet", made())
+    datasets.load_dataset("parquet", data_dir=str(path), split="train[:2]").save_to_disk(tmp_path / "part")
+    train, _ = build_sources(
+        config_with(DATA__DATASET="hfds", DATA__DATA_PATH=str(tmp_path / "part")), world(), val=False
+    )
+    assert len(train) == 2
+
+
 @pytest.mark.parametrize("kind", ["parquet", "disk"])
 @pytest.mark.parametrize("val_name", ["validation", "test"])
 def test_data_set(kind, val_name, tmp_path):
