@@ -114,7 +114,7 @@ def list_once(folder: Path) -> tuple[float, int, int]:
 
 def sources(folder: Path, images: int, rounds: int) -> None:
     # The library converts parquet files into Arrow files there, which are then read. It looks once, when imported.
-    os.environ["HF_HOME"] = str((folder / "parquet/home").absolute())
+    os.environ["HF_HOME"] = str((folder / "parquet_cache").absolute())
     import torch
 
     from config import load_config
@@ -130,6 +130,7 @@ def sources(folder: Path, images: int, rounds: int) -> None:
         "shards": ["DATA.DATASET", "wds"],
         "parquet": ["DATA.DATASET", "hfds"],
     }
+    files = {**paths, "parquet": folder / "parquet_cache"}
     rates: dict[tuple[str, str], list[float]] = {}
     for turn in range(rounds + 1):  # the first is not counted
         for kind in KINDS:
@@ -137,7 +138,7 @@ def sources(folder: Path, images: int, rounds: int) -> None:
             config, _ = load_config(ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", values)
             for cold in (False, True):
                 build_sources(config, alone)  # parquet is converted the first time
-                prepare(paths[kind], cold)  # nothing maps the files now
+                prepare(files[kind], cold)  # nothing maps the files now
                 train = build_sources(config, alone).train
                 order = np.random.default_rng(turn).permutation(len(train))
                 started = time.perf_counter()
@@ -145,7 +146,7 @@ def sources(folder: Path, images: int, rounds: int) -> None:
                 assert read > 1000 * images
                 bytes_alone = len(train) / (time.perf_counter() - started)
                 del train
-                prepare(paths[kind], cold)
+                prepare(files[kind], cold)
                 loader = build_train_loader(config, build_sources(config, alone).train, alone)
                 started = time.perf_counter()
                 count = sum(len(batch.image) for batch in loader)
