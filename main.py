@@ -111,7 +111,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
             folder.refuse_overwriting()
         with writing_to(folder.path):
             logger = create_logger("train", world.rank, folder.path)
-        log_setup(config, notes + folder.notes, model, world, logger)
+        log_setup(config, notes + sources.notes + folder.notes, model, world, logger)
         try:
             fit(config, model, train_loader, eval_loader, mixup, folder, world, logger, request)
         except UserError as error:

@@ -36,6 +36,11 @@ class Sources(NamedTuple):
     train: Source | None
     val: Source | None
 
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the data, for the log."""
+        return list(dict.fromkeys(note for source in self if source for note in source.notes))
+
 
 def build_sources(config, world: World, train: bool = True, val: bool = True) -> Sources:
     """The sources of `config.DATA`.

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from data.arrays import Strings
 
-FORMAT = "1"
+FORMAT = "2"
 # Fewer samples are listed in less time than it is worth.
 FEWEST_SAMPLES = 10_000
 # What was changed so shortly before it was listed may be changed again without another time of change.

@@ -1,6 +1,7 @@
 """The images of a folder with one folder per class."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,15 @@ from data.errors import DataError
 from data.index import kept, stamps_of
 from utils import printable, shorten
 
+# Of images that torchvision's ImageFolder does not take. A list of ours: what Pillow knows depends on its version.
+OTHER_IMAGES = {
+    f".{kind}"
+    for kind in (
+        *("apng", "avif", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpc", "jpe", "jpf", "jpx", "jxl"),
+        *("mpo", "pbm", "pfm", "pnm", "tga"),
+    )
+}
+
 
 class Listing(NamedTuple):
     """The images of a folder with one folder per class."""
@@ -22,6 +32,7 @@ class Listing(NamedTuple):
     targets: np.ndarray  # (N,) int32, the label of each
     folders: Strings  # all that were looked into, below the folder; the first is "", the folder itself
     stamps: np.ndarray  # (folders, 2) int64, see `stamps_of`
+    notes: list[str]  # what was left out, for the log
 
     def is_sound(self) -> bool:
         """Whether the lists, if they come from a file, fit together and all paths are below the folder."""
@@ -50,7 +61,8 @@ def list_folder(root: Path) -> Listing:
 
 
 def list_classes(root: Path) -> Listing:
-    """One folder per class, in alphabetical order: the same images in the same order as torchvision's ImageFolder.
+    """One folder per class, in alphabetical order: the same images in the same order as torchvision's ImageFolder, but
+    without what is hidden (see `is_hidden`).
 
     Raises:
         DataError: no such folder, no class folders, a class folder without images, a folder that cannot be listed, or
@@ -58,9 +70,8 @@ def list_classes(root: Path) -> Listing:
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
-    found = {os.path.realpath(root): str(root)}
-    stamps: dict[str, tuple[int, int]] = {}
-    classes, _ = _scan(str(root), stamps)
+    tree = _Tree(root)
+    classes, _ = tree.scan(str(root))
     if not classes:
         raise DataError(f"{root}: has no class folders; accepted: one folder of images per class")
     counts = np.zeros(len(classes), np.int64)
@@ -68,7 +79,7 @@ def list_classes(root: Path) -> Listing:
 
     def all_paths() -> Iterator[str]:
         for label, name in enumerate(classes):
-            for path in find_images(os.path.join(root, name), found, stamps):
+            for path in tree.images(os.path.join(root, name)):
                 counts[label] += 1
                 yield path[above:]
 
@@ -78,88 +89,126 @@ def list_classes(root: Path) -> Listing:
         raise DataError(
             f"{root}: no images in {shorten(empty)}; accepted in every class folder: {', '.join(IMG_EXTENSIONS)}"
         )
-    _, *below = found.values()
-    folders = Strings.of(["", *(folder[above:] for folder in below)])
+    folders = Strings.of(folder[above:] for folder in tree.stamps)
     targets = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Listing(classes, paths, targets, folders, np.array([stamps[folder] for folder in found.values()], np.int64))
+    stamps = np.array(list(tree.stamps.values()), np.int64)
+    return Listing(classes, paths, targets, folders, stamps, tree.notes())
 
 
-def find_images(
-    top: str | Path, found: dict[str, str] | None = None, stamps: dict[str, tuple[int, int]] | None = None
-) -> list[str]:
+def find_images(top: str | Path) -> list[str]:
     """Paths of the files with an image's extension in a folder and below it, in torchvision's order: folders sorted,
-    and the files of each sorted.
-
-    Args:
-        found, stamps: see `_walk`.
+    and the files of each sorted. Without what is hidden (see `is_hidden`), and links that lead nowhere.
 
     Raises:
-        DataError: a folder cannot be listed, or links lead to the same folder twice, or nowhere.
+        DataError: a folder cannot be listed, or links lead to the same folder twice.
     """
-    walked = _walk(os.fspath(top), {} if found is None else found, stamps)
-    return [os.path.join(folder, file) for folder, files in sorted(walked) for file in files if _is_image(file)]
+    return _Tree().images(os.fspath(top))
 
 
-def _walk(
-    top: str, found: dict[str, str], stamps: dict[str, tuple[int, int]] | None
-) -> Iterator[tuple[str, list[str]]]:
-    """`top` and the folders below it, with the names of their files, sorted. Links are followed.
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: notebooks' copies (.ipynb_checkpoints), .git, what macOS
+    (.DS_Store, ._a.jpg, __MACOSX), Windows (Thumbs.db) and network storage (@eaDir) leave behind."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+
+class _Tree:
+    """Looks into folders, and remembers what it has seen. Links are followed.
 
     Args:
-        found: the folders met so far by their real paths; added to.
-        stamps: see `_scan`.
+        root: the folder that all are in, where the list is kept and has to be complete. None if that does not matter.
 
-    Raises:
-        DataError: a link leads to a folder met before, or to one that contains it, which would never end; see `_scan`.
+    Attributes:
+        stamps: when each folder was changed last, in the order in which they were met. They are read before the
+            folder's content is: what is changed meanwhile has another time than the one that is kept.
     """
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        # Made absolute first: the parent of "." or "images/" cannot be read off the path.
-        real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
-        other = found.setdefault(real, folder)
-        if other != folder:
-            both = f"{printable(other)} and {printable(folder)}"
-            raise DataError(f"{both} are the same folder through links: its images would count twice")
-        if os.path.commonpath([real, outer]) == real:
-            raise DataError(f"{printable(folder)} is a link to a folder that contains it")
-        folders, files = _scan(folder, stamps)
-        yield folder, files
-        waiting += [os.path.join(folder, name) for name in reversed(folders)]
 
+    def __init__(self, root: Path | None = None):
+        self._root = root
+        self._found = {} if root is None else {os.path.realpath(root): str(root)}
+        self.stamps: dict[str, tuple[int, int]] = {}
+        self._hidden, self._first_hidden, self._first_other = 0, "", ""
+        self._suffixes: Counter[str] = Counter()
 
-def _scan(folder: str, stamps: dict[str, tuple[int, int]] | None) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files in a folder, sorted. Links are followed.
+    def images(self, top: str) -> list[str]:
+        """Of a folder and those below it, in torchvision's order."""
+        return [
+            os.path.join(folder, file) for folder, files in sorted(self._walk(top)) for file in files if _is_image(file)
+        ]
 
-    Args:
-        stamps: by folder, when it was changed last; added to. They are read before its content is: what is changed
-            meanwhile has another time than the one that is kept. None if it does not matter, nor does a link that
-            leads nowhere.
+    def _walk(self, top: str) -> Iterator[tuple[str, list[str]]]:
+        """`top` and the folders below it, with the names of their files, sorted.
 
-    Raises:
-        DataError: it cannot be listed, or a link leads nowhere: what it stands for would be missing in silence.
-    """
-    folders, files = [], []
-    try:
-        ((mtime, ctime),) = stamps_of([folder]).tolist()
-        if stamps is not None:
-            stamps[folder] = (mtime, ctime)
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.name)
-                    continue
-                files.append(entry.name)
-                # An image that is gone is counted as unreadable later. Hidden links are editors' locks.
-                matters = stamps is not None and not _is_image(entry.name) and not entry.name.startswith(".")
-                if matters and entry.is_symlink() and not os.path.exists(entry.path):
-                    raise DataError(
-                        f"{printable(entry.path)}: a link to {printable(os.readlink(entry.path))}, which is not there; "
-                        "accepted: links to folders and files that are there"
-                    )
-    except OSError as error:
-        raise DataError(f"{printable(folder)}: cannot be listed: {error.strerror}") from error
-    return sorted(folders), sorted(files)
+        Raises:
+            DataError: a link leads to a folder met before, or to one that contains it, which would never end; see
+                `scan`.
+        """
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            # Made absolute first: the parent of "." or "images/" cannot be read off the path.
+            real, outer = os.path.realpath(folder), os.path.realpath(os.path.dirname(os.path.abspath(folder)))
+            other = self._found.setdefault(real, folder)
+            if other != folder:
+                both = f"{printable(other)} and {printable(folder)}"
+                raise DataError(f"{both} are the same folder through links: its images would count twice")
+            if os.path.commonpath([real, outer]) == real:
+                raise DataError(f"{printable(folder)} is a link to a folder that contains it")
+            folders, files = self.scan(folder)
+            yield folder, files
+            waiting += [os.path.join(folder, name) for name in reversed(folders)]
+
+    def scan(self, folder: str) -> tuple[list[str], list[str]]:
+        """The names of the folders and of the files in a folder, sorted.
+
+        Raises:
+            DataError: it cannot be listed, or a link leads nowhere: what it stands for would be missing in silence.
+        """
+        folders, files = [], []
+        try:
+            ((mtime, ctime),) = stamps_of([folder]).tolist()
+            self.stamps[folder] = (mtime, ctime)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        self._hidden += 1
+                        self._first_hidden = min(filter(None, (self._first_hidden, entry.path)))
+                    elif entry.is_dir():
+                        folders.append(entry.name)
+                    else:
+                        files.append(entry.name)
+                        if not _is_image(entry.name):
+                            self._leave_out(entry)
+        except OSError as error:
+            raise DataError(f"{printable(folder)}: cannot be listed: {error.strerror}") from error
+        return sorted(folders), sorted(files)
+
+    def _leave_out(self, entry: os.DirEntry) -> None:
+        # An image that is gone is counted as unreadable later.
+        if self._root and entry.is_symlink() and not os.path.exists(entry.path):
+            raise DataError(
+                f"{printable(entry.path)}: a link to {printable(os.readlink(entry.path))}, which is not there; "
+                "accepted: links to folders and files that are there"
+            )
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix in OTHER_IMAGES:
+            self._suffixes[suffix] += 1
+            self._first_other = min(filter(None, (self._first_other, entry.path)))
+
+    def notes(self) -> list[str]:
+        """What was left out, if it may surprise."""
+        notes = []
+        if self._hidden:
+            notes.append(
+                f"{self._root}: {self._hidden} hidden files and folders are left out, such as "
+                f"{printable(self._first_hidden)}"
+            )
+        if self._suffixes:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self._suffixes.items()))
+            notes.append(
+                f"{self._root}: images of other kinds are left out: {kinds}, such as {printable(self._first_other)}; "
+                f"accepted: {', '.join(IMG_EXTENSIONS)}"
+            )
+        return notes
 
 
 def _is_image(name: str) -> bool:

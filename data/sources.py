@@ -32,12 +32,14 @@ class Source(ABC):
         targets: (N,) int32, the label of each sample, an index into `classes`.
         has_names: False if the data does not name its classes, so that `classes` are numbers.
         in_memory: whether `images` gives all of them at once.
+        notes: what was left out of the data, for the log.
     """
 
     classes: list[str]
     targets: np.ndarray
     has_names = True
     in_memory = False
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -93,6 +95,7 @@ class FolderSource(FileSource):
         self._root = os.path.join(root, "")
         listing = list_folder(root)
         self.classes, self._paths, self.targets = listing.classes, listing.paths, listing.targets
+        self.notes = listing.notes
 
     def read(self, index: int) -> bytes:
         return read_file(self._root + self._paths[index])
@@ -196,7 +199,7 @@ class SubsetSource(Source):
     """
 
     def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
-        self._source, self._indices = source, np.asarray(indices, np.int64)
+        self._source, self._indices, self.notes = source, np.asarray(indices, np.int64), source.notes
         self.classes, self.has_names, self.in_memory = list(classes), source.has_names, source.in_memory
         new = {name: label for label, name in enumerate(classes)}
         new_labels = np.array([new.get(name, -1) for name in source.classes], np.int32)

@@ -198,7 +198,10 @@ def evaluate_run(
     logger = create_logger("eval", world.rank)
     for note in notes:
         logger.warning(note, extra=ALL_RANKS)
-    source = build_sources(config, world, train=False).val
+    sources = build_sources(config, world, train=False)
+    for note in sources.notes:
+        logger.warning(note, extra=ALL_RANKS)
+    source = sources.val
     config = with_class_count(config, source)
     loader = build_eval_loader(config, source, world)
     model = build_model(config)

@@ -45,6 +45,19 @@ def test_missing_data_path(script, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_hidden_copies_of_images_are_left_out_and_said(tmp_path):
+    data = write_image_folder(tmp_path / "data", train=8, val=4)
+    for folder in ("train/.ipynb_checkpoints", "train/class0/.ipynb_checkpoints", "val/__MACOSX"):
+        (data / folder).mkdir()
+        shutil.copy(data / "train/class0/train_000.jpg", data / folder / "copy.jpg")
+    result = python(*train_command(data, tmp_path / "out"))
+    assert (
+        f"warning: {data}/train: 2 hidden files and folders are left out, such as {data}/train/.ipynb" in result.stdout
+    )
+    assert f"warning: {data}/val: 1 hidden files and folders are left out, such as {data}/val/__MACOSX" in result.stdout
+    assert "8 training and 4 validation images, 2 classes" in result.stdout
+
+
 def test_corrupt_images_are_named_counted_and_never_correct(tmp_path):
     data = write_image_folder(tmp_path / "data", train=16, val=8)
     broken_train = data / "train/class0/train_000.jpg"

@@ -200,15 +200,15 @@ def test_file_may_be_damaged_while_its_list_is_used(folder):
 
 
 def test_change_while_it_is_listed(folder, monkeypatch):
-    scan = listing._scan
+    scan = listing._Tree.scan
 
-    def scan_and_add(path, stamps):
-        found = scan(path, stamps)
+    def scan_and_add(tree, path):
+        found = scan(tree, path)
         if path.endswith("/b") and not (folder / "b/late.jpg").exists():
             (folder / "b/late.jpg").touch()
         return found
 
-    monkeypatch.setattr(listing, "_scan", scan_and_add)
+    monkeypatch.setattr(listing._Tree, "scan", scan_and_add)
     assert content(list_folder(folder)) == LISTED
     assert len(list_folder(folder).paths) == 5
 
@@ -245,3 +245,42 @@ def test_links_that_do_not_matter(folder, tmp_path):
     assert "a/9.jpg" in list_folder(folder).paths
     (folder / "a/more").symlink_to(tmp_path / "pool")
     assert len(listing.find_images(folder)) == 5  # images to classify: what else is there does not matter
+
+
+def copy(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "a/2.jpg", folder / name)
+
+
+def test_hidden_files_and_folders(folder):
+    """What notebooks, macOS, Windows, git and network storage leave behind; copies of images among it."""
+    hidden = (
+        *(".ipynb_checkpoints/2-checkpoint.jpg", "a/.ipynb_checkpoints/2-checkpoint.jpg", ".git/a.png", ".DS_Store"),
+        *("__MACOSX/a/._2.jpg", "a/._2.jpg", "b/@eaDir/3.jpg", "b/Thumbs.db", "desktop.ini"),
+    )
+    for name in hidden:
+        copy(folder, name)
+    found = list_folder(folder)
+    assert content(found) == LISTED
+    assert found.notes == [f"{folder}: 9 hidden files and folders are left out, such as {folder}/.DS_Store"]
+    assert list_folder(folder).notes == found.notes  # from the index
+    assert [Path(path).name for path in listing.find_images(folder)] == [Path(path).name for path in LISTED[1]]
+
+
+def test_empty_hidden_folder_is_no_class(folder):
+    (folder / ".ipynb_checkpoints").mkdir()
+    assert content(list_folder(folder)) == LISTED
+
+
+def test_images_of_other_kinds_are_named(folder):
+    for name in ("b/4.gif", "a/x.JP2", "a/y.jfif", "b/z.avif", "b/1.gif", "b/notes.xml"):
+        copy(folder, name)
+    found = list_folder(folder)
+    assert content(found) == LISTED
+    (note,) = found.notes
+    assert f"{folder}: images of other kinds are left out: 1 .avif, 2 .gif, 1 .jfif, 1 .jp2, such as " in note
+    assert f"{folder}/a/x.JP2; accepted: .jpg, .jpeg, .png" in note
+
+
+def test_nothing_left_out(folder):
+    assert list_folder(folder).notes == []
