@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import yaml
 from yacs.config import CfgNode
 
-from utils import UserError
+from utils import UserError, write_keeping_old
 
 # A limit: whether a value is accepted, and what is, in words.
 Limit = tuple[Callable[[Any], bool], str]
@@ -670,11 +670,7 @@ def _show(value: Any) -> str:
 def save_config(config: CfgNode, folder: Path) -> None:
     """Writes the config to `<folder>/config.yaml`, from which --cfg loads it back. A different one there is kept as
     `config_old<n>.yaml`."""
-    path, text = folder / "config.yaml", config.dump()
-    if path.exists() and path.read_bytes() != text.encode():
-        free = next(old for n in itertools.count(1) if not (old := folder / f"config_old{n}.yaml").exists())
-        path.rename(free)
-    path.write_text(text, encoding="utf-8")
+    write_keeping_old(folder / "config.yaml", config.dump())
 
 
 def validate(config: CfgNode, origins: dict[str, str]) -> None:

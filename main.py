@@ -14,7 +14,7 @@ from logging import Logger
 from typing import Any
 
 from config import add_arguments, get_config, leaves, save_config
-from utils import UserError, parse_first, run_entry_point, seed_all, writing_to
+from utils import UserError, parse_first, run_entry_point, seed_all, write_keeping_old, writing_to
 
 
 def parse_args() -> argparse.Namespace:
@@ -139,6 +139,10 @@ def fit(
     if world.is_main:
         with writing_to(folder.path):
             save_config(config, folder.path)
+            if config.DATA.VAL_FRACTION:
+                source = eval_loader.dataset.source
+                names = (f"{source.name(index)}\n" for index in range(len(source)))
+                write_keeping_old(folder.path / "held_out.txt", "".join(names))
 
     # Model on its device, optimizer, schedule
     torch.backends.cudnn.benchmark = True  # every batch has the same shape

@@ -5,6 +5,7 @@ It imports neither NumPy nor PyTorch, so that an entry point can answer --help b
 """
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import random
@@ -45,6 +46,14 @@ def run_entry_point(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise for each of them
         for child in children:
             child.kill()
+
+
+def write_keeping_old(path: Path, text: str) -> None:
+    """Writes a file, without losing a different one that is there: that is renamed to `<name>_old<n>`."""
+    if path.exists() and path.read_bytes() != text.encode():
+        names = (path.with_name(f"{path.stem}_old{n}{path.suffix}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from data.hfds import hf_sources
 from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
 from data.shards import ShardSource
-from data.sources import ArraySource, FolderSource, Source, SubsetSource, ZipSource
+from data.sources import VALIDATION, ArraySource, FolderSource, Source, SubsetSource, ZipSource
 from data.transforms import build_transform
 from runtime.distributed import World, from_all, main_process_first
 from runtime.signals import ignore_signals
@@ -302,17 +302,34 @@ def _root(config) -> Path:
 def _folders(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
     root = _root(config)
     splits = {}
-    for is_train, name, wanted in ((True, "train", train), (False, "val", val)):
-        if not wanted:
-            continue
-        if not (root / name).is_dir():
-            hint = ""
-            if config.DATA.DATASET == "101_ObjectCategories":
-                hint = f"; make it: python tools/categories101_train_val_split.py --source {root} --output <folder>"
-            raise DataError(f"{root}: no folder {name}/ in it; accepted: train/ and val/, one folder per class{hint}")
-        with main_process_first(world):  # it writes the index that the others read
-            splits[is_train] = FolderSource(root / name)
+    for is_train, wanted in ((True, train), (False, val)):
+        if wanted:
+            folder = _split_folder(config, root, is_train)
+            with main_process_first(world):  # it writes the index that the others read
+                splits[is_train] = FolderSource(folder)
+            if folder.name not in ("train", "val"):
+                use = "training and validation" if is_train else "validation"
+                splits[is_train].notes = [*splits[is_train].notes, f"{folder}: its class folders are used for {use}"]
     return splits
+
+
+def _split_folder(config, root: Path, is_train: bool) -> Path:
+    """Where the class folders of a split are."""
+    there = {name: root / name for name in ("train", *VALIDATION) if (root / name).is_dir()}
+    if is_train and "train" in there:
+        return there["train"]
+    if is_train and config.DATA.VAL_FRACTION and not there:
+        return root  # class folders without a folder for each split
+    names = () if is_train else [name for name in VALIDATION if name in there]
+    if names:
+        return there[names[0]]
+    accepted = "train/ and val/, one folder per class"
+    if config.DATA.DATASET == "101_ObjectCategories":
+        accepted += f"; make it: python tools/categories101_train_val_split.py --source {root} --output <folder>"
+    else:
+        accepted += "; or class folders alone, of which DATA.VAL_FRACTION 0.1 holds out a tenth for validation"
+    missing = "train" if is_train or "train" not in there else "val"
+    raise DataError(f"{root}: no folder {missing}/ in it; accepted: {accepted}")
 
 
 def _cifar(config, is_train: bool) -> Source:

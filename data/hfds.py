@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError, UnreadableImage
-from data.sources import MOST_CLASSES, MOST_FILE_BYTES, FileSource, Source, read_file
+from data.sources import MOST_CLASSES, MOST_FILE_BYTES, VALIDATION, FileSource, Source, read_file
 from runtime.distributed import World, main_process_first
 from utils import printable
-
-# What people call the images to validate on, the most specific first
-VALIDATION = ("validation", "val", "valid", "dev", "test")
 
 
 def hf_sources(config, world: World, train: bool, val: bool) -> dict[bool, Source]:

@@ -24,6 +24,10 @@ MOST_CLASSES = 1_000_000
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
+# What people call the images to validate on, in the order in which they are looked for
+VALIDATION = ("val", "validation", "valid", "dev", "test")
+
+
 class Source(ABC):
     """A list of labelled images.
 

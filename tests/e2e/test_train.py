@@ -317,6 +317,8 @@ def test_fashion_mnist_with_held_out_images(tmp_path):
     python("main.py", *command, *opts, "DATA.VAL_FRACTION", 0.3, "SEED", 5)
     folder = tmp_path / "strip_mlp_pico_fashion_mnist/default"
     (record,) = read_metrics(folder)
+    names = (folder / "held_out.txt").read_text().splitlines()
+    assert len(set(names)) == 20 and "train" in names[0]
 
     held_out, test = tmp_path / "held_out.json", tmp_path / "test.json"
     python("main_eval.py", *command, "--json", held_out, *opts, "DATA.VAL_FRACTION", 0.3)

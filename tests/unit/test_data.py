@@ -245,7 +245,8 @@ def test_folders(tmp_path, name):
     ("name", "files", "parts"),
     [
         ("imagenet", {}, ["DATA_PATH is empty", "--data-path"]),
-        ("imagenet", {"train/a/1.png": png(0)}, ["no folder val/", "one folder per class"]),
+        ("imagenet", {"train/a/1.png": png(0)}, ["no folder val/", "one folder per class", "DATA.VAL_FRACTION"]),
+        ("imagenet", {"a/1.png": png(0), "b/1.png": png(0)}, ["no folder train/", "DATA.VAL_FRACTION 0.1 holds out"]),
         ("101_ObjectCategories", {"Faces/1.png": png(0)}, ["no folder train/", "categories101_train_val_split.py"]),
         ("imagenet", {"train": None, "val": None}, ["no class folders"]),
         ("imagenet", {"train/a/1.png": png(0), "train/bare": None, "val": None}, ["no images in bare", ".png"]),
@@ -255,7 +256,7 @@ def test_folders(tmp_path, name):
             ["2 classes", "only in train: b", "only in val: c"],
         ),
     ],
-    ids=["no-path", "no-val", "no-split", "no-classes", "no-images", "other-classes"],
+    ids=["no-path", "no-val", "flat", "no-split", "no-classes", "no-images", "other-classes"],
 )
 def test_folders_that_cannot_be_used(tmp_path, name, files, parts):
     for file, content in files.items():
@@ -269,6 +270,35 @@ def test_folders_that_cannot_be_used(tmp_path, name, files, parts):
         assert part in str(error.value)
     if files:
         assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid", "dev", "test"])
+def test_names_of_the_validation_folder(tmp_path, name):
+    files = {f"{folder}/{label}/1.png": png(0) for folder in ("train", name) for label in "ab"}
+    if name == "val":
+        files["test/a/1.png"] = png(0)
+    write_folder(tmp_path, files)
+    sources = build_sources(config_with(DATA__DATA_PATH=str(tmp_path)), world())
+    assert sources.val.name(0) == f"{tmp_path}/{name}/a/1.png"
+    said = [] if name == "val" else [f"{tmp_path}/{name}: its class folders are used for validation"]
+    assert sources.notes == said
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_class_folders_alone(tmp_path, above):
+    write_folder(tmp_path, {f"{above}{label}/{number}.png": png(0) for label in "ab" for number in range(10)})
+    config = config_with(DATA__DATA_PATH=str(tmp_path), DATA__VAL_FRACTION=0.3)
+    sources = build_sources(config, world())
+    assert [len(source) for source in sources] == [14, 6]
+    assert sources.train.classes == ["a", "b"]
+    said = [] if above else [f"{tmp_path}: its class folders are used for training and validation"]
+    assert sources.notes == said
+
+
+def test_class_folders_beside_a_folder_of_validation_images(tmp_path):
+    write_folder(tmp_path, {"a/1.png": png(0), "a/2.png": png(0), "test/a/1.png": png(0)})
+    with pytest.raises(DataError, match=f"{tmp_path}: no folder train/"):
+        build_sources(config_with(DATA__DATA_PATH=str(tmp_path), DATA__VAL_FRACTION=0.5), world())
 
 
 # Zip files

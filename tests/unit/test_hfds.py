@@ -88,7 +88,7 @@ def test_rows_in_another_order():
 
 def test_hold_out_of_training_images(tmp_path):
     path = save(tmp_path / "data", "disk", made(labels=LABELS * 2))
-    with pytest.raises(DataError, match=r"has the splits train; accepted: validation or .* DATA.VAL_FRACTION"):
+    with pytest.raises(DataError, match=r"has the splits train; accepted: val or .* DATA.VAL_FRACTION"):
         sources(path)
     train, val = sources(path, DATA__VAL_FRACTION=0.3)
     assert len(train) + len(val) == 14 and len(val) >= 3
