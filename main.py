@@ -44,8 +44,8 @@ from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
-from engine.start import find_start, load_start, restore_state
-from engine.state import Progress, TrainingState
+from engine.start import Start, find_start, load_start, restore_state
+from engine.state import Progress, TrainingState, is_better
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
@@ -134,7 +134,7 @@ def fit(
     start = find_start(config, folder, world, logger)
     load_start(config, model, start, train_loader.dataset.classes, logger)
     if start.content and start.content["epoch"] >= config.TRAIN.EPOCHS:
-        log_nothing_left(config, start.content, folder, logger)
+        log_nothing_left(config, start, folder, logger)
         return
     if world.is_main:
         with writing_to(folder.path):
@@ -263,8 +263,8 @@ def finish_epoch(
     state.epoch += 1
     state.progress = Progress(skipped_in_row=state.progress.skipped_in_row)
     names = []
-    if correct is not None and metrics["top1"] > state.best["top1"]:
-        state.best = {"top1": metrics["top1"], "epoch": state.epoch}
+    if correct is not None and is_better(metrics, state.best):
+        state.best = {"top1": metrics["top1"], "epoch": state.epoch, "val_loss": metrics["val_loss"]}
         names.append("best.pth")
     log_epoch(config, state, metrics, run.logger)
     is_kept = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
@@ -301,12 +301,15 @@ def log_setup(config, notes: list[str], model: nn.Module, world: World, logger: 
     )
 
 
-def log_nothing_left(config, content: dict[str, Any], folder: RunFolder, logger: Logger) -> None:
+def log_nothing_left(config, start: Start, folder: RunFolder, logger: Logger) -> None:
     """That the run is finished already."""
-    best = content["best"]
+    done, best = start.content["epoch"], start.content["best"]
+    where = f"everything is in {folder.path}"
+    if not start.is_own:
+        where = f"{start.path} is of a finished run; nothing is written into {folder.path}"
     logger.info(
-        f"nothing left to train: {content['epoch']} of {config.TRAIN.EPOCHS} epochs are done, best top-1 "
-        f"{best['top1']:.3f} % (epoch {best['epoch']}); everything is in {folder.path}"
+        f"nothing left to train: {done} of {config.TRAIN.EPOCHS} epochs are done, best top-1 {best['top1']:.3f} % "
+        f"(epoch {best['epoch']}); {where}"
     )
 
 

@@ -39,7 +39,10 @@ class Sources(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """What was left out of the data, for the log."""
-        return list(dict.fromkeys(note for source in self if source for note in source.notes))
+        notes = [note for source in self if source for note in source.notes]
+        if any(source and len(source.classes) == 1 for source in self):
+            notes.append("the data has a single class: whatever a model says is right")
+        return list(dict.fromkeys(notes))
 
 
 def build_sources(config, world: World, train: bool = True, val: bool = True) -> Sources:

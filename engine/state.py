@@ -1,5 +1,6 @@
 """What a run needs to go on as if it had not stopped: in memory, and as the content of a checkpoint."""
 
+import math
 import uuid
 from dataclasses import dataclass, field
 from logging import Logger
@@ -42,6 +43,14 @@ class Progress:
     unreadable: int = 0  # images
 
 
+def is_better(metrics: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether an epoch is better than the best one so far: a higher top-1, or the same and a lower loss."""
+    if metrics["top1"] != best["top1"]:
+        return metrics["top1"] > best["top1"]
+    before = best.get("val_loss", math.inf)
+    return metrics["val_loss"] < (math.inf if math.isnan(before) else before)
+
+
 @dataclass
 class TrainingState:
     """What changes in training. Learning rates and everything random depend on the position alone.
@@ -53,7 +62,7 @@ class TrainingState:
         ema: moving average of the model's weights and statistics, if any.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
-        best: {"top1": percent, "epoch": after which}.
+        best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
     """
 
     model: nn.Module

@@ -266,6 +266,8 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
     require(whole(content.get("epoch")), "epoch is not a whole number of epochs done")
     best, config, progress = section("best"), section("config"), section("progress")
     require(number(best.get("top1"), -1) and whole(best.get("epoch")), "best is not an accuracy and an epoch")
+    # Not finite after a bad epoch; older files have none
+    require(isinstance(best.get("val_loss", 0.0), float), "best has a val_loss that is no number")
     require(all(isinstance(key, str) for key in config), "config has keys that are no text")
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]

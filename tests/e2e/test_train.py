@@ -55,9 +55,9 @@ def test_a_run_writes_what_it_promises(digits_run):
     promised = {"train_loss", "val_loss", "top1", "top5", "lr", "images_per_second", "data_wait"}
     promised |= {"memory_mb", "seconds"}
     assert promised <= set(records[0])
-    best = max(records, key=lambda record: record["top1"])
+    best = max(records, key=lambda record: (record["top1"], -record["val_loss"]))
     content = torch.load(digits_run / "best.pth", weights_only=True)
-    assert content["best"] == {"top1": best["top1"], "epoch": best["epoch"]}
+    assert content["best"] == {key: best[key] for key in ("top1", "epoch", "val_loss")}
     assert content["epoch"] == best["epoch"]
 
     assert "epoch 1/3 step 10/22 eta" in (digits_run / "log_rank0.txt").read_text()
@@ -147,6 +147,15 @@ def test_a_finished_run_is_left_alone(digits_run):
 
 
 @pytest.mark.slow
+def test_resume_of_a_finished_run_into_another_folder(digits_run, tmp_path):
+    last = digits_run / "last.pth"
+    result = python(*PICO, "--output", tmp_path, "--resume", last, "--opts", *TINY, "TRAIN.EPOCHS", 3)
+    said = f"{last} is of a finished run; nothing is written into {tmp_path / PICO_RUN}"
+    assert "nothing left to train: 3 of 3 epochs are done" in result.stdout and said in result.stdout
+    assert not list((tmp_path / PICO_RUN).glob("*.pth"))
+
+
+@pytest.mark.slow
 def test_resume_from_a_named_checkpoint_says_what_changed(digits_run, tmp_path):
     command = (*PICO, "--output", tmp_path, "--resume", digits_run / "ckpt_epoch_1.pth")
     result = python(*command, "--opts", *TINY, "TRAIN.EPOCHS", 2)
@@ -155,14 +164,15 @@ def test_resume_from_a_named_checkpoint_says_what_changed(digits_run, tmp_path):
     assert [record["epoch"] for record in read_metrics(tmp_path / PICO_RUN)] == [2]
     # Whatever the other run's best was, this one has a best checkpoint of its own.
     best = torch.load(tmp_path / PICO_RUN / "best.pth", weights_only=True)["best"]
-    assert best == {"top1": read_metrics(tmp_path / PICO_RUN)[0]["top1"], "epoch": 2}
+    (record,) = read_metrics(tmp_path / PICO_RUN)
+    assert best == {"top1": record["top1"], "epoch": 2, "val_loss": record["val_loss"]}
 
 
 def test_evaluation_of_the_best_checkpoint_by_default_and_as_json(digits_run, tmp_path):
     command = ("main_eval.py", "--cfg", "configs/strip_mlp_pico_digits.yaml", "--output", digits_run.parents[1])
     result = python(*command, "--json", tmp_path / "result.json", "--opts", *TINY)
     content = json.loads((tmp_path / "result.json").read_text())
-    best = max(read_metrics(digits_run), key=lambda record: record["top1"])
+    best = max(read_metrics(digits_run), key=lambda record: (record["top1"], -record["val_loss"]))
     assert content["checkpoint"].endswith("best.pth")
     assert content["images"] == 360
     assert (content["top1"], content["top5"]) == (best["top1"], best["top5"])

@@ -26,7 +26,7 @@ from engine.control import Control
 from engine.epoch import Training, train_one_epoch
 from engine.evaluate import evaluate, resolve_amp, throughput
 from engine.finite import NonFiniteError, build_scaler
-from engine.state import Progress, TrainingState
+from engine.state import Progress, TrainingState, is_better
 from models import StripMLP, prepare_model
 from optimizer import build_optimizer
 from runtime import distributed
@@ -869,3 +869,20 @@ def test_more_processes_than_gpus(launched, device, gpus, processes, parts):
     for part in parts:
         assert part in str(error.value)
     assert groups == []
+
+
+@pytest.mark.parametrize(
+    ("top1", "loss", "best", "better"),
+    [
+        (90.0, 9.0, {"top1": 89.0, "val_loss": 0.1}, True),
+        (89.0, 0.1, {"top1": 90.0, "val_loss": 9.0}, False),
+        (90.0, 0.4, {"top1": 90.0, "val_loss": 0.8}, True),
+        (90.0, 0.8, {"top1": 90.0, "val_loss": 0.8}, False),
+        (90.0, math.nan, {"top1": 90.0, "val_loss": 0.8}, False),
+        (90.0, 0.8, {"top1": 90.0, "val_loss": math.nan}, True),
+        (90.0, 0.8, {"top1": 90.0}, True),
+        (0.0, math.nan, {"top1": -1.0}, True),
+    ],
+)
+def test_best_epoch(top1, loss, best, better):
+    assert is_better({"top1": top1, "val_loss": loss}, best) is better

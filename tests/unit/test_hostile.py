@@ -662,6 +662,7 @@ REFUSED = {
     "epoch as a bool": ({("epoch",): True}, "epoch is not"),
     "run as a number": ({("run",): 7}, "run is not a name"),
     "best gone": ({("best",): None}, "best is not a dictionary"),
+    "best loss as text": ({("best", "val_loss"): "low"}, "best has a val_loss"),
     "best nan": ({("best", "top1"): float("nan")}, "best is not"),
     "config empty": ({("config",): {}}, "config has no DATA.BATCH_SIZE"),
     "no processes": ({("processes",): 0}, "processes is not a number"),
