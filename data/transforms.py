@@ -11,6 +11,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation, ResizeKeepRa
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_modes_mapping
 from torchvision.transforms.v2 import functional as F
 
 from config import ConfigError, image_size
@@ -45,6 +46,41 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
             return F.resize(crop, self.size, method)
         resized = F.resize(F.pil_to_tensor(crop), self.size, method, antialias=True)
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
+
+
+class Cover:
+    """Resizes an image so that it covers `cover`. Of a long image only the middle is resized that a centre crop of
+    `size` keeps; the result is the crop. (A picture of 1 x 30,000 pixels would become one of 256 x 7,680,000.)
+
+    Args:
+        resize: what does it for other images.
+        cover, size: (height, width) in pixels.
+    """
+
+    LONG = 4  # times `cover`
+
+    def __init__(
+        self,
+        resize: Callable[[Image.Image], Image.Image],
+        cover: tuple[int, int],
+        size: tuple[int, int],
+        method: InterpolationMode,
+    ):
+        self.resize, self.cover, self.size, self.method = resize, cover, size, method
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        scale = max(self.cover[0] / image.height, self.cover[1] / image.width)
+        # As torchvision and timm round them
+        height, width = ((int if self.cover[0] == self.cover[1] else round)(side * scale) for side in image.size[::-1])
+        height, width = max(height, self.cover[0]), max(width, self.cover[1])
+        if height <= self.LONG * self.cover[0] and width <= self.LONG * self.cover[1]:
+            return self.resize(image)
+        top, left = (round((whole - part) / 2) for whole, part in zip((height, width), self.size, strict=True))
+        down, right = top + self.size[0], left + self.size[1]
+        x, y = image.width / width, image.height / height
+        # Pillow's box takes the same neighbours into account as resizing the whole.
+        box = (left * x, top * y, right * x, down * y)
+        return image.resize(self.size[::-1], pil_modes_mapping[self.method], box=box)
 
 
 def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
@@ -89,7 +125,7 @@ def build_transform(config, is_train: bool) -> Callable[[Image.Image], Tensor]:
         smallest = transforms.Resize(cover[0], interpolation=whole)
         if height != width:
             smallest = ResizeKeepRatio(cover, interpolation=interpolation)
-        resize = [smallest, transforms.CenterCrop(size)]
+        resize = [Cover(smallest, cover, size, whole), transforms.CenterCrop(size)]
     return transforms.Compose([*resize, transforms.PILToTensor()])
 
 
