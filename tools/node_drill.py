@@ -1,4 +1,4 @@
-"""Train on two machines, take one away, bring it back, and compare how runs end with runs that nobody disturbs.
+"""Trains on two machines, takes one away and brings it back. Each run must end as an undisturbed one does.
 
     python tools/node_drill.py
     python tools/node_drill.py --cases two slow
@@ -13,7 +13,8 @@ Trains a tiny model on the digits. Cases:
     elastic  torchrun --nnodes 1:2: a machine is killed, the other goes on alone, and takes it in again when it is back
     unshared the second machine has another disk where the output folder is: refused at the start
 
-Prints a line per case with its seconds. The exit status is 0 if all are as said. Needs Linux, root and iproute2.
+Prints a line per case with its seconds. The exit status is 0 if all are as said. Needs Linux, root,
+iproute2 and, for the slow link, /dev/net/tun.
 """
 
 import argparse
