@@ -12,7 +12,7 @@ import argparse
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -220,6 +220,14 @@ def model_complexity(config) -> Complexity:
         raise ModelError(f"the model of the config cannot be built: {problem}") from error
 
 
+def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a table to what --csv names. Raises UserError if that cannot be written."""
+    try:
+        path.write_text(as_csv(titles, rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be written: {error.strerror}") from error
+
+
 def megabytes(count: int) -> str:
     return f"{count / 2**20:,.2f}"
 
@@ -316,10 +324,7 @@ def main() -> None:
     if args.csv:
         titles = ("kind", "module", *(field.name for field in fields(Count)))
         rows = [(kind, name, *vars(count).values()) for kind, name, count in complexity.rows()]
-        try:
-            args.csv.write_text(as_csv(titles, rows), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--csv {args.csv}: cannot be written: {error.strerror}") from error
+        write_csv(args.csv, titles, rows)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ if __name__ == "__main__":
 
 import timm
 import torch
-from complexity import Complexity, without_data
-from tables import as_csv, markdown
+from complexity import Complexity, without_data, write_csv
+from tables import markdown
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -225,10 +225,7 @@ def main() -> None:
     shown = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in cells] for cells in rows]
     print(markdown(titles, shown), end="")
     if args.csv:
-        try:
-            args.csv.write_text(as_csv(titles, rows), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--csv {args.csv}: cannot be written: {error.strerror}") from error
+        write_csv(args.csv, titles, rows)
 
 
 if __name__ == "__main__":
