@@ -27,7 +27,7 @@ from models import train_mode
 from optimizer import learning_rate
 from runtime.distributed import World, all_reduce_sum, sum_on_host
 from runtime.signals import Stopped
-from utils import seed_all
+from utils import UserError, seed_all
 
 
 def steps_per_epoch(loader: DataLoader, accumulation: int) -> int:
@@ -91,6 +91,7 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         Stopped: a process got a signal; the state is between two steps.
         LoadingFailed: likewise.
         NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
+        UserError: BatchNorm gets a single value per channel.
     """
     config, state, world, control = run.config, run.state, run.world, run.control
     train_mode(run.model)
@@ -112,7 +113,7 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         is_last = passes_done == run.passes(number) - 1
         # Gradients of all processes are averaged once per step, in its last backward pass.
         with contextlib.nullcontext() if is_last or not world.distributed else run.model.no_sync():
-            with autocast(world.device, state.amp):
+            with autocast(world.device, state.amp), single_values_named(config):
                 loss = criterion(run.model(images), targets)
             control.at_batch(state.epoch, i, Point.BACKWARD)
             guard.backward(loss, run.passes(number), batch.index)
@@ -131,6 +132,21 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         if is_logged:
             meter.log(step)
     return finish_epoch(run, meter, unreadable)
+
+
+@contextlib.contextmanager
+def single_values_named(config: CfgNode) -> Iterator[None]:
+    """Inside, what BatchNorm raises about a single value per channel becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:  # PyTorch raises nothing more specific
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE} and the model's last map has a single token: BatchNorm has "
+            "nothing to average; accepted: 2 or more (each pass of TRAIN.ACCUMULATION_STEPS is normalised by itself), "
+            "or a larger DATA.IMG_SIZE"
+        ) from error
 
 
 def agreed_batches(

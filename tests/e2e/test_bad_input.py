@@ -45,6 +45,14 @@ def test_missing_data_path(script, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_batches_of_one_image_that_batch_norm_cannot_take(tmp_path):
+    config = "configs/strip_mlp_pico_digits.yaml"
+    command = ("main.py", "--cfg", config, "--output", tmp_path, "--batch-size", 1, "--accumulation-steps", 8)
+    message = fails(*command, "--opts", *TINY)
+    assert "DATA.BATCH_SIZE is 1 and the model's last map has a single token" in message
+    assert "accepted: 2 or more" in message
+
+
 def test_hidden_copies_of_images_are_left_out_and_said(tmp_path):
     data = write_image_folder(tmp_path / "data", train=8, val=4)
     for folder in ("train/.ipynb_checkpoints", "train/class0/.ipynb_checkpoints", "val/__MACOSX"):
