@@ -74,7 +74,8 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
     if not world.distributed:
         return
     present = {split: source for split, source in sources._asdict().items() if source}
-    mine = socket.gethostname(), {split: (len(source), _digest(source)) for split, source in present.items()}
+    found = {split: (len(source), _digest(source, config.DATA.DATA_PATH)) for split, source in present.items()}
+    mine = socket.gethostname(), found
     everyone = from_all(mine, world)
     main_host, main = everyone[0]
     for rank, (host, found) in enumerate(everyone):
@@ -86,10 +87,11 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
                 )
 
 
-def _digest(source: Source) -> str:
-    """Of the classes, all labels and a thousand names: a sample more or less moves those after it."""
+def _digest(source: Source, path: str) -> str:
+    """Of the classes, all labels and a thousand names: a sample more or less moves those after it. Machines may have
+    the data under another `path`."""
     some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
-    text = "\0".join([*source.classes, *(source.name(int(index)) for index in some)])
+    text = "\0".join([*source.classes, *(source.name(int(index)).removeprefix(path) for index in some)])
     sha = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
     sha.update(np.ascontiguousarray(source.targets).tobytes())
     return sha.hexdigest()
@@ -312,7 +314,10 @@ def _folders(config, world: World, train: bool, val: bool) -> dict[bool, Source]
                 splits[is_train] = FolderSource(folder)
             if folder.name not in ("train", "val"):
                 use = "training and validation" if is_train else "validation"
-                splits[is_train].notes = [*splits[is_train].notes, f"{folder}: its class folders are used for {use}"]
+                splits[is_train].notes = [
+                    *splits[is_train].notes,
+                    f"{printable(str(folder))}: its class folders are used for {use}",
+                ]
     return splits
 
 

@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.index import kept, stamps_of
 from utils import printable, shorten
 
+MOST_NOTE = 10_000  # characters
 # Of images that torchvision's ImageFolder does not take. A list of ours: what Pillow knows depends on its version.
 OTHER_IMAGES = {
     f".{kind}"
@@ -43,6 +44,8 @@ class Listing(NamedTuple):
         # In the order of the classes, each with at least one image
         steps = np.diff(self.targets)
         if self.targets[0] != 0 or self.targets[-1] != len(self.classes) - 1 or not np.isin(steps, (0, 1)).all():
+            return False
+        if not all(note.isprintable() and len(note) < MOST_NOTE for note in self.notes):
             return False
         return not (self.paths.contain(b"../") or self.folders.contain(b"../"))
 
@@ -172,7 +175,7 @@ class _Tree:
                     if is_hidden(entry.name):
                         self._hidden += 1
                         self._first_hidden = min(filter(None, (self._first_hidden, entry.path)))
-                    elif entry.is_dir():
+                    elif _is_dir(entry):
                         folders.append(entry.name)
                     else:
                         files.append(entry.name)
@@ -199,16 +202,24 @@ class _Tree:
         notes = []
         if self._hidden:
             notes.append(
-                f"{self._root}: {self._hidden} hidden files and folders are left out, such as "
+                f"{printable(str(self._root))}: {self._hidden} hidden files and folders are left out, such as "
                 f"{printable(self._first_hidden)}"
             )
         if self._suffixes:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self._suffixes.items()))
             notes.append(
-                f"{self._root}: images of other kinds are left out: {kinds}, such as {printable(self._first_other)}; "
-                f"accepted: {', '.join(IMG_EXTENSIONS)}"
+                f"{printable(str(self._root))}: images of other kinds are left out: {kinds}, such as "
+                f"{printable(self._first_other)}; accepted: {', '.join(IMG_EXTENSIONS)}"
             )
-        return notes
+        return [note for note in notes if len(note) < MOST_NOTE]
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    """False for a link that leads to itself, or to where this user may not go."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_image(name: str) -> bool:

@@ -133,12 +133,13 @@ def find_shards(root: Path, split: str) -> list[Path]:
     if both:
         raise DataError(f"{_show(both[0])}: is it for training or for validation? accepted: one of them in its name")
     try:
-        noted = json.loads((root / NOTES).read_text())["splits"][split]["shards"]
+        splits = json.loads((root / NOTES).read_text(encoding="utf-8"))["splits"]
+        noted = [name for about in splits.values() for name in about["shards"] if SPLITS[split].search(name)]
         missing = [name for name in noted if not (root / name).is_file()]
     except FileNotFoundError:
         return paths  # of other origin
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{_show(root / NOTES)}: damaged, or not of these shards: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{_show(root / NOTES)}: damaged, or not {NOTES} of tools/make_shards.py: {error!r}") from error
     if missing:
         raise DataError(
             f"{_show(root)}: {len(missing)} of the {len(noted)} shards of {split} are missing: {shorten(missing)}; get "

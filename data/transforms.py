@@ -69,10 +69,12 @@ class Cover:
         self.resize, self.cover, self.size, self.method = resize, cover, size, method
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        scale = max(self.cover[0] / image.height, self.cover[1] / image.width)
-        # As torchvision and timm round them
-        height, width = ((int if self.cover[0] == self.cover[1] else round)(side * scale) for side in image.size[::-1])
-        height, width = max(height, self.cover[0]), max(width, self.cover[1])
+        sides = image.height, image.width
+        if self.cover[0] == self.cover[1]:  # as torchvision rounds, and timm
+            height, width = (int(self.cover[0] * side / min(sides)) for side in sides)
+        else:
+            ratio = min(side / least for side, least in zip(sides, self.cover, strict=True))
+            height, width = (round(side / ratio) for side in sides)
         if height <= self.LONG * self.cover[0] and width <= self.LONG * self.cover[1]:
             return self.resize(image)
         top, left = (round((whole - part) / 2) for whole, part in zip((height, width), self.size, strict=True))

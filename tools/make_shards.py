@@ -12,6 +12,7 @@ them with DATA.DATASET wds.
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_first(parse_args)
 
+from data.errors import UnreadableImage
 from data.listing import Listing, list_folder
 from data.shards import NOTES
 from data.sources import read_file
@@ -94,6 +96,8 @@ def alone_in(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{output}: another call of this tool writes there; wait for it to end") from None
+        except OSError as error:
+            print(f"warning: {output}: has no locks ({error.strerror}); call this tool once at a time", file=sys.stderr)
         yield
         (output / LOCK).unlink()
 
@@ -158,8 +162,12 @@ def write_split(output: Path, split: str, root: Path, listing: Listing, per_shar
 
 
 def write_shard(path: Path, root: Path, listing: Listing, indices: range) -> str:
-    """Writes a tar file that depends on nothing but names, labels and contents, and returns its SHA-256. A file that
-    cannot be read becomes an empty one, with a warning: in training it counts as unreadable, as in the folder."""
+    """Writes a tar file that depends on nothing but names, labels and contents, and returns its SHA-256. A file that is
+    gone, or is none, becomes an empty one, with a warning: in training it counts as unreadable, as in the folder.
+
+    Raises:
+        UserError: a file that is there and cannot be read.
+    """
     file = Hashing(path)
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as tar:
         for index in indices:
@@ -168,6 +176,9 @@ def write_shard(path: Path, root: Path, listing: Listing, indices: range) -> str
                 content = read_file(os.path.join(root, name))
             except OSError as error:
                 problem = f"{printable(str(root / name))}: cannot be read: {printable(str(error))}"
+                # Anything else may pass, such as a network file system that does not answer.
+                if not isinstance(error, FileNotFoundError | UnreadableImage) and error.errno != errno.ELOOP:
+                    raise UserError(f"{problem}; the same command goes on with this tar file") from error
                 print(f"warning: {problem}; it is empty in {path.name[1:-4]}", file=sys.stderr)
                 content = b""
             for member, data in members(index, name, content, int(listing.targets[index])):
@@ -183,8 +194,6 @@ def members(index: int, name: str, content: bytes, label: int) -> Iterator[tuple
     unique, so the number of the image ends it: two files may differ in what follows the dot alone."""
     folder, _, file = name.rpartition("/")
     stem, suffix = os.path.splitext(file)
-    if not suffix:  # a file with no more than a suffix for its name
-        stem, suffix = "", stem
     key = f"{folder}/{stem.replace('.', '_')}_{index:09d}"
     yield f"{key}{suffix.lower()}", content
     yield f"{key}.cls", str(label).encode()

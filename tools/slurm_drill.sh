@@ -18,8 +18,9 @@ export PYTHON OMP_NUM_THREADS=1
 
 folder=$(mktemp -d)
 chmod 755 "$folder"
+export SLURM_CONF=$folder/slurm.conf # from here on no command talks to another Slurm
 stop() {
-  scancel --user root 2>/dev/null && sleep 2
+  if [ -s "$folder/slurmctld.pid" ]; then scancel --user root 2>/dev/null && sleep 2; fi
   for daemon in slurmd slurmctld munged; do
     [ ! -s "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true
   done
@@ -63,7 +64,6 @@ PartitionName=usual Nodes=$host Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=$host PriorityTier=2 PreemptMode=OFF
 EOF
 printf 'CgroupPlugin=autodetect\nIgnoreSystemd=yes\n' >"$folder/cgroup.conf"
-export SLURM_CONF=$folder/slurm.conf
 slurmctld
 slurmd
 is_ready() { [ "$(sinfo --noheader --format=%t --partition=usual 2>/dev/null)" = idle ]; }

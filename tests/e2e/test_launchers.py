@@ -179,6 +179,17 @@ def test_machine_with_other_data(tmp_path, script):
         assert f"data on {host} (rank 1) has 3 samples of val, on {host} (rank 0) 4, and they are not" in run.stderr
 
 
+def test_machines_with_the_same_data_in_other_places(tmp_path):
+    runs, job = [], {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+    for rank in range(2):
+        data = write_image_folder(tmp_path / f"scratch{rank}", train=8, val=4)
+        options = ("--data-path", data, "--output", tmp_path / "output", "--opts", *TINY, "DATA.BATCH_SIZE", "2")
+        machine = {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "RANK": str(rank)}
+        runs.append(Run("main.py", "--cfg", config, *options, **job, **machine))
+    assert [run.wait() for run in runs] == [0, 0], runs[0].stderr
+
+
 def test_machine_that_does_not_share_the_disk(tmp_path):
     # Two machines, each with another folder under the same relative name
     driver = tmp_path / "main_in_a_hurry.py"

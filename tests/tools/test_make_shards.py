@@ -127,11 +127,31 @@ def test_files_that_cannot_be_read_are_empty_ones(folder, tmp_path):
     assert [source.read(i) for i in range(len(source))].count(b"") == 1
 
 
-def test_file_with_no_more_than_a_suffix_for_its_name(folder, tmp_path):
-    first = sorted((folder / "val").rglob("*.jpg"))[0]
-    first.rename(first.with_name(".jpg"))
-    make(folder, tmp_path / "shards")
+def test_file_that_cannot_be_read_just_now(folder, tmp_path, monkeypatch):
+    read, calls = make_shards.read_file, []
+
+    def stale(path):
+        calls.append(path)
+        if len(calls) == 7:
+            raise OSError(116, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(make_shards, "read_file", stale)
+    monkeypatch.setattr("sys.argv", ["make_shards.py", str(folder), str(tmp_path / "shards"), "--images", "5"])
+    with pytest.raises(UserError, match=r"Stale file handle; the same command goes on with this tar file"):
+        make_shards.main()
+    make_shards.main()
+    make(folder, tmp_path / "whole", "--images", 5)
+    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
+
+
+def test_folder_of_another_name(folder, tmp_path):
+    (folder / "val").rename(folder / "validation")
+    make(folder, tmp_path / "shards", "--splits", "train", "validation")
     assert len(ShardSource(tmp_path / "shards", "val")) == 5
+    (tmp_path / "shards/validation-000000.tar").rename(tmp_path / "shards/validation.tar")
+    with pytest.raises(DataError, match=r"1 of the 1 shards of val are missing: validation-000000.tar"):
+        ShardSource(tmp_path / "shards", "val")
 
 
 def test_two_calls_at_once(folder, tmp_path):
@@ -148,7 +168,7 @@ def test_damaged_notes(folder, tmp_path, text):
     (tmp_path / "shards/shards.json").write_text(text)
     result = make(folder, tmp_path / "shards", ok=False)
     assert result.returncode == 1 and "shards.json: damaged" in result.stderr
-    with pytest.raises(DataError, match=r"shards.json: damaged, or not of these shards"):
+    with pytest.raises(DataError, match=r"shards.json: damaged"):
         ShardSource(tmp_path / "shards", "train")
 
 

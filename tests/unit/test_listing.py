@@ -44,6 +44,8 @@ def folder(tmp_path, monkeypatch):
     for path in ("a/2.jpg", "a/deep/1.PNG", "a/notes.txt", "b/bytes \udcff.png", "b/3.jpg"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
+    for path in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        os.utime(path, (1e9, 1e9))  # long ago: any change shows, however coarse the clock is
     return root
 
 
@@ -169,6 +171,7 @@ def text(string):
         changed(**{"paths.ends": torch.tensor([-1, 3, 20, 38])}),
         changed(**{"paths.text": text("../x.jpgb.jpg"), "paths.ends": torch.tensor([8, 9, 12, 13])}),
         changed(stamps=torch.zeros(4, 1, dtype=torch.int64)),
+        changed(**{"notes.text": text("a\nforged line"), "notes.ends": torch.tensor([13])}),
     ],
 )
 def test_damaged_index_is_made_anew(folder, damage, never_listed):
@@ -236,6 +239,14 @@ def test_link_to_a_folder_that_is_not_there(folder, tmp_path, name):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/9.jpg").touch()
     assert f"{name}/9.jpg" in list_folder(folder).paths
+
+
+def test_link_that_leads_to_itself(folder):
+    (folder / "b/9.jpg").symlink_to("9.jpg")
+    assert "b/9.jpg" in list_folder(folder).paths  # counted as unreadable
+    (folder / "b/more").symlink_to("more")
+    with pytest.raises(DataError, match=r"b/more: a link to more, which is not there"):
+        list_folder(folder)
 
 
 def test_links_that_do_not_matter(folder, tmp_path):

@@ -27,7 +27,7 @@ def smooth(height, width):
 
 @pytest.mark.parametrize("size", [56, [48, 64]])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("shape", [(60, 500), (500, 60), (40, 1501), (1501, 41), (300, 2500), (25, 2000)])
+@pytest.mark.parametrize("shape", [(60, 500), (500, 60), (40, 1501), (1501, 41), (300, 2500), (25, 2000), (98, 588)])
 def test_the_same_crop(shape, interpolation, size, monkeypatch):
     image = smooth(*shape)
     part = transform(size, interpolation)(image)
