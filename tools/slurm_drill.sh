@@ -144,15 +144,24 @@ for name, run in runs.items():
         raise SystemExit(1)
 EOF
 
-echo "4. plain python in a job of two tasks: processes"
+echo "4. cancelled: saves, and does not come back"
+job=$(submit cancelled)
+wait_for 300 "at epoch 3" has_epoch cancelled 2
+scancel "$job"
+wait_for 120 "over" is_state "$job" CANCELLED
+sleep 10
+is_state "$job" CANCELLED || { echo "error: job $job is $(state "$job")" >&2; exit 1; }
+grep -h "saved in" "$folder/cancelled.out" | head -n 1 | cut -c 1-60
+
+echo "5. plain python in a job of two tasks: processes"
 once plain "$PYTHON $one_epoch plain"
 has_processes plain 1
 
-echo "5. torchrun in a job of two tasks: processes"
+echo "6. torchrun in a job of two tasks: processes"
 once torchrun "$PYTHON -m torch.distributed.run --standalone --nproc_per_node 2 $one_epoch torchrun"
 has_processes torchrun 2
 
-echo "6. two steps of two tasks each at the same time: processes of each"
+echo "7. two steps of two tasks each at the same time: processes of each"
 once steps --overcommit "srun --overlap -n 2 $PYTHON $one_epoch one & srun --overlap -n 2 $PYTHON $one_epoch two & wait"
 has_processes one 2
 has_processes two 2
