@@ -159,7 +159,7 @@ def test_list_on_standard_input(monkeypatch, capsys, checkpoint, folder):
         (["{image}", "--output", "{empty}/missing/a"], b"", 1, "{empty}/missing/a: cannot be written"),
         (["{image}", "--top-k", "0"], b"", 2, "'0'; accepted: a whole number of 1 or more"),
         (["{image}", "--batch-size", "-3"], b"", 2, "'-3'; accepted: a whole number of 1 or more"),
-        (["{image}", "--workers", "many"], b"", 2, "invalid number value: 'many'"),
+        (["{image}", "--workers", "many"], b"", 2, "'many'; accepted: a whole number of 0 or more"),
         (["{image}", "--format", "xml"], b"", 2, "invalid choice: 'xml'"),
         ([], b"", 2, "the following arguments are required: images"),
     ],
