@@ -76,7 +76,7 @@ def key(name: str, default: Any, limit: Limit | None = None) -> None:
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 # imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate.
-# wds: WebDataset's tar files, *train*.tar and *val*.tar, which tools/make_shards.py makes of such folders.
+# wds: WebDataset's tar files, such as train-000000.tar, which tools/make_shards.py makes of such folders.
 # hfds: an image data set of Hugging Face's library: a folder of parquet files or of save_to_disk, or a name on the hub.
 # CIFAR10, CIFAR100: downloaded on first use. FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
 # they are not there. 101_ObjectCategories: made by tools/categories101_train_val_split.py. digits: 1,797 handwritten

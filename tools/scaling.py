@@ -86,7 +86,15 @@ ADAMW_BYTES = 28  # per parameter: reads weight, gradient and two moments, write
 
 @dataclass
 class Work:
-    """Of training steps of one model, on one GPU: so much per image, and so much per step."""
+    """Of training steps of one model, on one GPU.
+
+    Attributes:
+        parameters: of the model.
+        flops: per image, two per multiply-add, of the forward and the backward pass.
+        image_bytes: that pass between memory and processor, per image.
+        step_bytes: the same per step, whatever the batch: weights, gradients, the optimizer.
+        operations: that start a kernel, per step.
+    """
 
     parameters: int
     flops: float
@@ -95,7 +103,7 @@ class Work:
     operations: int
 
     def seconds(self, batch: int, tflops: float, memory: float) -> float:
-        """Of a step, at the peaks of arithmetic and memory (GB/s), one after the other."""
+        """Of a step, at the peaks of arithmetic (`tflops`, 10^12 per second) and memory (GB/s), one after the other."""
         return batch * self.flops / (tflops * 1e12) + (batch * self.image_bytes + self.step_bytes) / (memory * 1e9)
 
 

@@ -1,5 +1,6 @@
 """Training and evaluation through main.py and main_eval.py, on one process."""
 
+import itertools
 import json
 import zipfile
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision import datasets, transforms
@@ -144,6 +146,23 @@ def test_a_finished_run_is_left_alone(digits_run):
     opts = (*TINY, "TRAIN.AUTO_RESUME", "False")
     assert "holds a run already" in python(*PICO, *named[:2], "--opts", *opts, ok=False).stderr
     assert {path: path.read_bytes() for path in digits_run.glob("*.pth")} == before
+
+
+@pytest.mark.slow
+def test_best_of_several_epochs_with_the_same_accuracy(tmp_path):
+    """Black or white: the accuracy stays while the loss goes on falling."""
+    data = tmp_path / "data"
+    for split, colour, number in itertools.product(("train", "val"), ("black", "white"), range(4)):
+        (data / split / colour).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), colour).save(data / split / colour / f"{number}.png")
+    command = ("main.py", "--cfg", "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", "--data-path", data)
+    plain = ("AUG.MIXUP", 0, "AUG.CUTMIX", 0, "AUG.AUTO_AUGMENT", "none", "AUG.REPROB", 0, "MODEL.DROP_PATH_RATE", 0)
+    opts = ("DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 4, "TRAIN.BASE_LR", 0.2, *plain)
+    python(*command, "--output", tmp_path / "out", "--opts", *TINY, *opts)
+    (run,) = (tmp_path / "out").glob("*/default")
+    best = max(read_metrics(run), key=lambda record: (record["top1"], -record["val_loss"]))
+    content = torch.load(run / "best.pth", weights_only=True)
+    assert content["best"] == {key: best[key] for key in ("top1", "epoch", "val_loss")}
 
 
 @pytest.mark.slow

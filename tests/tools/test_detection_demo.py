@@ -193,6 +193,7 @@ def test_command(tmp_path):
         (["--batch-size", "9"], 2, "--images: 8; accepted: at least --batch-size, 9"),
         (["--epochs", "0"], 2, "'0'; accepted: a whole number of 1 or more"),
         (["--lr", "nan"], 2, "'nan'; accepted: a number above 0"),
+        (["--lr", "inf"], 2, "'inf'; accepted: a number above 0"),
         (["--seed", "-1"], 2, "--seed: '-1'; accepted: a whole number of 0 or more"),
         (["--lr", "1e30"], 1, "lower --lr"),
     ],

@@ -1,7 +1,10 @@
 """Slurm's variables, as srun of Slurm 22.05 and 23.11 sets them for a task."""
 
+import os
+
 import pytest
 
+from data import build
 from runtime.slurm import FIRST_PORT, PORTS, announce_tasks, first_host, tasks_per_node
 from utils import UserError
 
@@ -96,3 +99,16 @@ def test_tasks_per_node(value, counts):
 def test_no_tasks_per_node(value):
     with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
         tasks_per_node(value)
+
+
+@pytest.mark.parametrize(("allowed", "per_task", "cores"), [(16, "4", 4), (2, "12", 2), (16, None, 8), (16, "", 8)])
+def test_cores_of_a_task(allowed, per_task, cores, monkeypatch):
+    """What --cpus-per-task says, but not more than the process may use; without it, this task's share."""
+    environ = {**TASK, **({} if per_task is None else {"SLURM_CPUS_PER_TASK": per_task})}
+    announce_tasks(environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    if per_task is None:
+        monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    assert build._cores() == cores
