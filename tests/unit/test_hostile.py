@@ -878,8 +878,6 @@ NAMES = [
     b"%s %d {0} {} %(message)s",
     b"back\\slash",
     b"x" * 200,
-    b".hidden",
-    b"..dots",
 ]
 
 
@@ -929,6 +927,8 @@ def test_names_of_classes_and_files(tmp_path, monkeypatch):
         for ending in (b".jpg", b".PNG"):
             put(root, name + b"/" + name + ending)
         put(root, name + b"/" + name + b"/deep.jpg")
+    for name in (b".hidden", b"..dots"):
+        put(root, name + b"/1.jpg")
     source = FolderSource(root)
     assert [os.fsencode(name) for name in source.classes] == sorted(NAMES, key=os.fsdecode)
     assert len(source) == 3 * len(NAMES)
