@@ -324,6 +324,10 @@ def get_default_config() -> CfgNode:
     return _C.clone()
 
 
+# What `main_eval.py --eval-set` accepts, see data/matching.py
+EVAL_SETS = ("imagenet-r", "imagenet-a", "imagenet-sketch", "imagenet-v2", "imagenet-real", "numbered")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that all entry points share; `get_config` reads them."""
     parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
