@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.arrays import by_class
-from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.dataset import BalancedSampler, ClassificationDataset, EvalSampler, TrainSampler
 from data.errors import DataError
 from data.hfds import hf_sources, hf_split
 from data.idx import IDX_DATASETS, idx_sources
@@ -293,7 +293,10 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
     sharded = config.DATA.CACHE_MODE == "part"
     _fill_cache(config, source, world)
     dataset = _dataset(config, source, is_train=True)
-    sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
+    if config.DATA.SAMPLER == "balanced":
+        sampler = BalancedSampler(source.targets, world.rank, world.size, config.SEED, sharded)
+    else:
+        sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
     if len(sampler) < config.DATA.BATCH_SIZE:
         raise DataError(
             f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but the training data has {len(source)} images, "

@@ -61,7 +61,8 @@ def match_classes(config, data: EvalSet, known: Sequence[str], path: Path) -> Ev
         what = f"{len(names)} of the {len(known)} classes" if len(names) < len(known) else "the classes"
         note = f"the data has {what} of {path}" + ("" if len(names) < len(known) else ", in another order")
         return data._replace(source=matched, notes=[*data.notes, f"{note}; they are matched by name"])
-    if not all(name.isdecimal() for name in names):
+    # Digits, MNIST and their like are no folders: they name their classes themselves.
+    if source.in_memory or not all(name.isdecimal() for name in names):
         return data
     numbers = list(map(int, names))
     in_order = numbers == sorted(numbers)

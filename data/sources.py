@@ -259,6 +259,22 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"{name}: {error}") from error
 
 
+def describe_counts(source: Source, most: int = 10) -> str:
+    """How many samples of each class there are, for people; of more than `most` classes the smallest and largest."""
+    counts = np.bincount(source.targets, minlength=len(source.classes))
+    order = np.argsort(counts, kind="stable")
+
+    def listed(labels: Iterable[int]) -> str:
+        return ", ".join(f"{printable(source.classes[label][:200])} {counts[label]}" for label in labels)
+
+    if len(counts) <= most:
+        return listed(range(len(counts)))
+    if counts.min() == counts.max():
+        return f"{counts[0]} of each of {len(counts)} classes"
+    half = most // 2
+    return f"fewest {listed(order[:half])}; most {listed(order[::-1][:half])}; median {np.median(counts):g}"
+
+
 def class_names(source: Source) -> list[str]:
     """Names of the classes in label order, printable, as a checkpoint has them; empty if the data has none."""
     return [printable(name) for name in source.classes] if source.has_names else []

@@ -1,0 +1,69 @@
+"""TRAIN.PATIENCE through main.py, in this process, with the results of evaluation made up."""
+
+import signal
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, TINY, load_tool, read_metrics, run_tool
+
+CONFIG = ROOT / "configs/strip_mlp_pico_digits.yaml"
+TOP1 = [10, 50, 40, 50, 45, 45, 60, 45]
+LOSS = [2.0, 1.0, 1.5, 1.0, 0.9, 1.0, 1.1, 1.2]
+FEW = ("DATA.IMAGES_PER_CLASS", 7, "DATA.BATCH_SIZE", 64, "TRAIN.EPOCHS", 8)
+
+
+@pytest.fixture
+def train(monkeypatch, capsys, tmp_path):
+    """main.py; a signal arrives in the evaluation after `interrupted` epochs."""
+    tool = load_tool(ROOT / "main.py")
+
+    def run(*opts, interrupted=None):
+        def evaluate(config, model, loader, world, logger, control, epoch, turn=0):
+            if epoch + 1 == interrupted:
+                signal.raise_signal(signal.SIGTERM)
+            metrics = {"top1": TOP1[epoch], "top5": 100, "val_loss": LOSS[epoch], "images": 360, "unreadable_val": 0}
+            metrics |= {"val_seconds": 1.0, "val_images_per_second": 360.0}
+            return metrics, torch.zeros(360, dtype=torch.uint8)
+
+        monkeypatch.setattr(tool, "evaluate", evaluate)
+        command = ("--cfg", CONFIG, "--output", tmp_path, "--device", "cpu", "--opts", *TINY, *FEW, *opts)
+        return run_tool(monkeypatch, capsys, tool, *command), tmp_path / "strip_mlp_pico_digits/default"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("opts", "last"),
+    [
+        (("TRAIN.PATIENCE", 3), 5),  # the best is epoch 2: in 4 the loss is not lower
+        (("TRAIN.PATIENCE", 3, "TRAIN.PATIENCE_METRIC", "val_loss"), 8),
+        (("TRAIN.PATIENCE", 2, "TRAIN.PATIENCE_METRIC", "val_loss"), 4),
+        (("TRAIN.PATIENCE", 3, "TEST.INTERVAL", 2), 6),  # the first evaluated epoch from 5 on
+        (("TRAIN.PATIENCE", 8), 8),
+    ],
+)
+def test_patience(train, opts, last):
+    done, folder = train(*opts)
+    assert done.status == 0
+    records = read_metrics(folder)
+    assert [record["epoch"] for record in records] == list(range(1, last + 1))
+    assert (folder / f"ckpt_epoch_{last}.pth").exists()
+    assert ["stopped_early" in record for record in records] == [False] * (last - 1) + [last < 8]
+    assert ("the run stops after epoch" in done.out) == (last < 8)
+    again, _ = train(*opts)
+    assert again.status == 0 and "nothing left to train" in again.out
+    assert len(read_metrics(folder)) == last
+    compare = load_tool(ROOT / "tools/compare_runs.py")
+    assert compare.read_run(folder).finished
+
+
+def test_patience_over_an_interruption(train):
+    opts = ("TRAIN.PATIENCE", 2, "TRAIN.PATIENCE_METRIC", "val_loss")
+    done, folder = train(*opts, interrupted=3)
+    assert done.status == 75 and len(read_metrics(folder)) == 3
+    done, _ = train(*opts)
+    assert done.status == 0 and [record["epoch"] for record in read_metrics(folder)] == [1, 2, 3, 4]
+    # More patience goes on.
+    train(*opts, "TRAIN.PATIENCE", 3)
+    assert len(read_metrics(folder)) == 8
