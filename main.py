@@ -45,6 +45,7 @@ from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
+from engine.loss import build_criterion
 from engine.start import Start, find_start, is_finished, load_start, restore_state
 from engine.state import Progress, TrainingState, is_better, stops_early
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
@@ -98,6 +99,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     train_loader = build_train_loader(config, sources.train, world)
     eval_loader = build_eval_loader(config, sources.val, world)
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
+    build_criterion(config, lambda: sources.train, bool(mixup), world.device)  # raises before anything is written
 
     seed_all(config.SEED)
     model = build_model(config)

@@ -1,11 +1,11 @@
-"""TRAIN.PATIENCE through main.py, in this process, with the results of evaluation made up."""
+"""Early stopping and little data, through main.py in this process."""
 
 import signal
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, TINY, load_tool, read_metrics, run_tool
+from tests.helpers import ROOT, TINY, load_tool, read_metrics, run_tool, write_image_folder
 
 CONFIG = ROOT / "configs/strip_mlp_pico_digits.yaml"
 TOP1 = [10, 50, 40, 50, 45, 45, 60, 45]
@@ -15,7 +15,7 @@ FEW = ("DATA.IMAGES_PER_CLASS", 7, "DATA.BATCH_SIZE", 64, "TRAIN.EPOCHS", 8)
 
 @pytest.fixture
 def train(monkeypatch, capsys, tmp_path):
-    """main.py; a signal arrives in the evaluation after `interrupted` epochs."""
+    """main.py, with made-up results of evaluation; a signal arrives in the evaluation after `interrupted` epochs."""
     tool = load_tool(ROOT / "main.py")
 
     def run(*opts, interrupted=None):
@@ -67,3 +67,30 @@ def test_patience_over_an_interruption(train):
     # More patience goes on.
     train(*opts, "TRAIN.PATIENCE", 3)
     assert len(read_metrics(folder)) == 8
+
+
+# Little data
+
+
+@pytest.mark.parametrize(
+    ("train_images", "batch", "opts", "message"),
+    [
+        (2, 2, (), ""),  # one image of each of two classes
+        (2, 4, (), "DATA.BATCH_SIZE is 4, but the training data has 2 images"),
+        (2, 2, ("DATA.SAMPLER", "balanced"), ""),
+        (3, 2, ("TRAIN.CLASS_WEIGHTS", "balanced"), ""),
+        (3, 2, ("TRAIN.CLASS_WEIGHTS", "1,2,3"), "has 3 numbers, but the data has 2 classes"),
+    ],
+)
+def test_a_few_images(monkeypatch, capsys, tmp_path, train_images, batch, opts, message):
+    """The last batch of evaluation is a single image."""
+    data = write_image_folder(tmp_path / "data", train=train_images, val=3)
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+    command = ("--cfg", config, "--data-path", data, "--batch-size", batch, "--output", tmp_path / "out")
+    done = run_tool(
+        monkeypatch, capsys, load_tool(ROOT / "main.py"), *command, "--device", "cpu", "--opts", *TINY, *opts
+    )
+    assert done.status == (1 if message else 0) and message in done.err
+    assert (tmp_path / "out").exists() == (not message)
+    if not message:
+        assert f"training images per class: class0 {train_images - 1}, class1 1" in done.out
