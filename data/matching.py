@@ -61,8 +61,8 @@ def match_classes(config, data: EvalSet, known: Sequence[str], path: Path) -> Ev
         what = f"{len(names)} of the {len(known)} classes" if len(names) < len(known) else "the classes"
         note = f"the data has {what} of {path}" + ("" if len(names) < len(known) else ", in another order")
         return data._replace(source=matched, notes=[*data.notes, f"{note}; they are matched by name"])
-    # Digits, MNIST and their like are no folders: they name their classes themselves.
-    if source.in_memory or not all(name.isdecimal() for name in names):
+    # Digits, MNIST and their like are no folders: they name their classes themselves. DATA.CLASSES gives the order.
+    if source.in_memory or config.DATA.CLASSES != "all" or not all(name.isdecimal() for name in names):
         return data
     numbers = list(map(int, names))
     in_order = numbers == sorted(numbers)
@@ -71,7 +71,7 @@ def match_classes(config, data: EvalSet, known: Sequence[str], path: Path) -> Ev
             f"{config.DATA.DATA_PATH}: its classes are named by numbers ({shorten(names)}), but those of {path} are "
             f"{shorten(known)}: nothing says which is which; {_WAYS}"
         )
-    if not in_order and config.DATA.CLASSES == "all":
+    if not in_order:
         first = next(label for label, (a, b) in enumerate(zip(numbers, sorted(numbers), strict=True)) if a != b)
         raise DataError(
             f"{config.DATA.DATA_PATH}: its classes are named by numbers and sorted as text, so that {names[first]} "

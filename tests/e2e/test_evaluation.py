@@ -130,7 +130,11 @@ def test_folders_named_by_numbers(evaluate, tmp_path):
     for names in (texts, list(map(str, range(CLASSES)))):
         checkpoint = write_checkpoint(tmp_path / "c.pth", names, label_of=[names.index(str(n)) for n in range(CLASSES)])
         assert evaluate(checkpoint, tmp_path / "data")["top1"] == 100
-    message = evaluate(write_checkpoint(tmp_path / "c.pth", NAMES), tmp_path / "data")
+    checkpoint = write_checkpoint(tmp_path / "c.pth", NAMES)
+    (tmp_path / "order.txt").write_text("\n".join(map(str, range(CLASSES))))
+    chosen = evaluate(checkpoint, tmp_path / "data", opts=("DATA.CLASSES", tmp_path / "order.txt"))
+    assert chosen["top1"] == 100 and "classes of other names" in chosen["said"]
+    message = evaluate(checkpoint, tmp_path / "data")
     assert "named by numbers (0, 1, 10, 11, 2 and 7 more), but those of" in message and "class00, class01" in message
 
 

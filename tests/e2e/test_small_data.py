@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from engine import epoch
 from tests.helpers import ROOT, TINY, load_tool, read_metrics, run_tool, write_image_folder
 
 CONFIG = ROOT / "configs/strip_mlp_pico_digits.yaml"
@@ -67,6 +68,36 @@ def test_patience_over_an_interruption(train):
     # More patience goes on.
     train(*opts, "TRAIN.PATIENCE", 3)
     assert len(read_metrics(folder)) == 8
+
+
+def test_balanced_sampler_goes_on_inside_an_epoch(monkeypatch, capsys, tmp_path):
+    """To the same weights, also with class weights of one's own."""
+    tool, seeded = load_tool(ROOT / "main.py"), epoch.seed_all
+    opts = ("DATA.SAMPLER", "balanced", "TRAIN.CLASS_WEIGHTS", "1,2", "TRAIN.EPOCHS", 2)
+    data = write_image_folder(tmp_path / "data", train=24, val=4)
+    for path in sorted((data / "train/class1").iterdir())[:9]:
+        path.unlink()
+    config = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+
+    def weights(tag, status=0):
+        command = ("--cfg", config, "--data-path", data, "--batch-size", 2, "--output", tmp_path, "--tag", tag)
+        done = run_tool(monkeypatch, capsys, tool, *command, "--device", "cpu", "--opts", *TINY, *opts)
+        assert done.status == status
+        (path,) = tmp_path.glob(f"*/{tag}/last.pth")
+        return torch.load(path, weights_only=True)
+
+    expected = weights("whole")["model"]
+
+    def seed_and_stop(*position, **options):
+        if position == (0, 1, 3, 0):
+            signal.raise_signal(signal.SIGTERM)
+        seeded(*position, **options)
+
+    monkeypatch.setattr(epoch, "seed_all", seed_and_stop)
+    assert weights("parts", status=75)["progress"]["step"] == 4
+    monkeypatch.setattr(epoch, "seed_all", seeded)
+    found = weights("parts")["model"]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # Little data
