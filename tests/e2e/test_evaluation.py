@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo
 from config import leaves, load_config
 from data import build_normalize
 from models import build_model
-from tests.helpers import ROOT, TINY, load_tool, run_tool, start_processes
+from tests.helpers import ROOT, TINY, load_tool, run_tool, start_processes, trained_model
 
 CONFIG = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 IDS = ImageNetInfo("imagenet-1k").label_names()
@@ -56,6 +56,12 @@ def write_checkpoint(path: Path, names: list[str], count: int = CLASSES, label_o
     content = {"model": model.state_dict(), "config": leaves(config), "classes": names}
     torch.save(content, path)
     return path
+
+
+def logits_of(checkpoint: Path, number: int) -> torch.Tensor:
+    """What a model says to a colour, (classes,)."""
+    pixels = np.ascontiguousarray(np.broadcast_to(color(number)[:, None, None], (3, 32, 32)))
+    return trained_model(checkpoint, "--device", "cpu").logits(torch.tensor(pixels)[None])[0]
 
 
 @pytest.fixture
@@ -160,10 +166,21 @@ def test_sets_with_wordnet_ids(evaluate, tmp_path):
     result = evaluate(checkpoint, tmp_path / "data", "--eval-set", "imagenet-r")
     assert (result["top1"], result["images"], result["left_out"], result["classes"]) == (100, 3, 2, 3)
     assert f"2 images of 1 classes that the model does not have are left out: {IDS[500]}" in result["said"]
-    # 9 is taken for 2, because its own logit is not among them.
-    write_images(tmp_path / "data" / IDS[2], 2, ("b.png",), shown=9)
+    # A colour that is taken for another class than these, whose logit does not count
+    there = [2, 3, 7]
+    for shown in range(20, 90):
+        logits = logits_of(checkpoint, shown)
+        (first, second, _), (best, *_) = logits[there].topk(3)
+        if int(logits.argmax()) not in there and first - second > 1:
+            break
+    else:
+        pytest.fail("no such colour")
+    write_images(tmp_path / "data" / IDS[2], 2, ("b.png",), shown)
     restricted = evaluate(checkpoint, tmp_path / "data", "--eval-set", "imagenet-a", "--report", tmp_path / "r.json")
-    assert restricted["images"] == 4 and len(json.loads((tmp_path / "r.json").read_text())["classes"]) == 3
+    report = json.loads((tmp_path / "r.json").read_text())
+    expected = np.diag([1, 1, 1, 0])[:3]
+    expected[0, int(best)] += 1
+    assert restricted["images"] == 4 and report["confusion"] == expected.tolist()
     full = write_checkpoint(tmp_path / "full.pth", [], 1000)
     assert evaluate(full, tmp_path / "data", "--eval-set", "imagenet-sketch")["left_out"] == 0
     message = evaluate(write_checkpoint(tmp_path / "c.pth", NAMES), tmp_path / "data", "--eval-set", "imagenet-r")
@@ -195,7 +212,9 @@ def test_imagenet_real(evaluate, tmp_path):
     result = evaluate(checkpoint, tmp_path / "data", *flags)
     assert (result["images"], result["left_out"], result["top1"]) == (3, 2, pytest.approx(200 / 3))
     assert "2 of 5 images have no label and are left out" in result["said"]
-    # Alone: the mean over the labels of minus log-probability
+    losses = [-logits_of(checkpoint, shown).log_softmax(0) for shown in (4, 5, 2)]
+    expected = (losses[0][4] + (losses[1][8] + losses[1][5]) / 2 + losses[2][3]) / 3
+    assert result["val_loss"] == pytest.approx(expected.item(), rel=1e-4)
     write_images(tmp_path / "data/val" / IDS[0], 0, ("other.png",))
     assert "other.png: is none of the 6 images" in evaluate(checkpoint, tmp_path / "data", *flags)
 
