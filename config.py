@@ -44,6 +44,14 @@ def _is_path(value: str) -> bool:
         return False
 
 
+def _are_weights(value: str) -> bool:
+    """Whether TRAIN.CLASS_WEIGHTS is one of its words, or numbers."""
+    try:
+        return value in ("none", "balanced") or all(0 < float(w) < float("inf") for w in value.split(","))
+    except ValueError:
+        return False
+
+
 def _pair(size: int | list[int]) -> tuple[int, int]:
     """Height and width, of a square or of a rectangle."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -115,6 +123,9 @@ key("DATA.BATCH_SIZE", 128, at_least(1))
 key("DATA.IMG_SIZE", 224, (lambda value: min(_pair(value)) >= 1, "1 or more, or [height, width]"))
 # bicubic, bilinear, nearest, or random (training only)
 key("DATA.INTERPOLATION", "bicubic", one_of("bicubic", "bilinear", "nearest", "random"))
+# The order of training images. uniform: each once per epoch. balanced: as many of each class, which repeats images of
+# small classes, each time augmented anew, and leaves out some of large ones; an epoch has as many images as before.
+key("DATA.SAMPLER", "uniform", one_of("uniform", "balanced"))
 # Classes to use: all, names separated by commas, or a .txt file with a name per line
 key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"))
 # Training images to use of each class, drawn with SEED (of those that VAL_FRACTION leaves); 0: all
@@ -187,6 +198,13 @@ key("TRAIN.MIN_LR", 5e-6, at_least(0))
 # 512 is Swin's and DeiT's rule. The Strip-MLP configs say 300, because the released code divides by its 300 epochs
 # there: the paper's peak at a global batch of 1024 is 1.7e-3, not 1.0e-3.
 key("TRAIN.LR_REFERENCE_BATCH", 512, at_least(1))
+# Weights of the classes in the loss: none; balanced, in inverse proportion to their training images; or a number for
+# each class in label order, separated by commas. Only their ratios matter: the mean over the training images is made 1.
+key("TRAIN.CLASS_WEIGHTS", "none", (_are_weights, "none, balanced, or numbers more than 0 separated by commas"))
+# Early stopping: the run ends after the first evaluation this many epochs after the best one, counted by
+# PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth. val_loss: that with the lowest validation loss.
+key("TRAIN.PATIENCE", 0, at_least(0))
+key("TRAIN.PATIENCE_METRIC", "top1", one_of("top1", "val_loss"))
 # Largest global gradient norm; 0: no clipping
 key("TRAIN.CLIP_GRAD", 5.0, at_least(0))
 # Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run. Loss scaling
@@ -322,6 +340,10 @@ class ConfigError(UserError):
 def get_default_config() -> CfgNode:
     """A copy of the defaults."""
     return _C.clone()
+
+
+# What `main_eval.py --eval-set` accepts, see data/matching.py
+EVAL_SETS = ("imagenet-r", "imagenet-a", "imagenet-sketch", "imagenet-v2", "imagenet-real", "numbered")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -522,6 +544,8 @@ class _Merge:
             raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(default)}")
         section, _, name = key.rpartition(".")
         node = find(self.config, section.split(".")) if section else self.config
+        if key == "TRAIN.CLASS_WEIGHTS" and not isinstance(value, str):
+            value = ",".join(map(str, coerce(value, [0.0], f"{where}: {key}")))
         if key == "DATA.IMG_SIZE":
             node[name] = coerce_size(value, f"{where}: {key}")
         else:
@@ -689,6 +713,11 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
         raise ConfigError(
             f"{says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; accepted: a warm-up shorter than the training, "
             "for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+        )
+    if config.DATA.SAMPLER == "balanced" and config.TRAIN.CLASS_WEIGHTS == "balanced":
+        raise ConfigError(
+            f"{says('DATA.SAMPLER')} and {says('TRAIN.CLASS_WEIGHTS')}: small classes would count twice over; "
+            "accepted: one of them"
         )
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")

@@ -40,12 +40,14 @@ from torch.utils.data import DataLoader
 
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
 from data.loading import LoadingFailed
+from data.sources import describe_counts
 from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
-from engine.start import Start, find_start, load_start, restore_state
-from engine.state import Progress, TrainingState, is_better
+from engine.loss import build_criterion
+from engine.start import Start, find_start, is_finished, load_start, restore_state
+from engine.state import Progress, TrainingState, is_better, stops_early
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
@@ -97,6 +99,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     train_loader = build_train_loader(config, sources.train, world)
     eval_loader = build_eval_loader(config, sources.val, world)
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
+    build_criterion(config, lambda: sources.train, bool(mixup), world.device)  # raises before anything is written
 
     seed_all(config.SEED)
     model = build_model(config)
@@ -133,7 +136,7 @@ def fit(
     """Trains the model from wherever the run in `folder` is to TRAIN.EPOCHS, evaluating and saving after each epoch."""
     start = find_start(config, folder, world, logger)
     load_start(config, model, start, train_loader.dataset.classes, logger)
-    if start.content and start.content["epoch"] >= config.TRAIN.EPOCHS:
+    if is_finished(config, start):
         log_nothing_left(config, start, folder, logger)
         return
     if world.is_main:
@@ -174,7 +177,8 @@ def fit(
         metrics = {}
         while state.epoch < config.TRAIN.EPOCHS:
             metrics, correct = train_and_evaluate(run, eval_loader, folder)
-            finish_epoch(run, metrics, correct, folder, metrics_log)
+            if finish_epoch(run, metrics, correct, folder, metrics_log):
+                break
     close_log(config, state, metrics, metrics_log, folder)
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
@@ -257,8 +261,12 @@ def train_and_evaluate(
 
 def finish_epoch(
     run: Training, metrics: dict[str, Any], correct: Tensor | None, folder: RunFolder, metrics_log: MetricsLog | None
-) -> None:
-    """Counts the epoch as done, logs its metrics and writes the results per image and the checkpoints."""
+) -> bool:
+    """Counts the epoch as done, logs its metrics and writes the results per image and the checkpoints.
+
+    Returns:
+        Whether it was the last one, also by TRAIN.PATIENCE.
+    """
     config, state = run.config, run.state
     state.epoch += 1
     state.progress = Progress(skipped_in_row=state.progress.skipped_in_row)
@@ -266,8 +274,15 @@ def finish_epoch(
     if correct is not None and is_better(metrics, state.best):
         state.best = {"top1": metrics["top1"], "epoch": state.epoch, "val_loss": metrics["val_loss"]}
         names.append("best.pth")
+    if correct is not None and metrics["val_loss"] < state.lowest["val_loss"]:
+        state.lowest = {"val_loss": metrics["val_loss"], "epoch": state.epoch}
     log_epoch(config, state, metrics, run.logger)
-    is_kept = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
+    is_last = state.epoch == config.TRAIN.EPOCHS
+    if not is_last and stops_early(config, state.epoch, state.best, state.lowest):
+        is_last, metrics["stopped_early"] = True, 1
+        what = f"{config.TRAIN.PATIENCE_METRIC} has not improved for TRAIN.PATIENCE {config.TRAIN.PATIENCE} epochs"
+        run.logger.info(f"{what}: the run stops after epoch {state.epoch}")
+    is_kept = state.epoch % config.SAVE_FREQ == 0 or is_last
     if is_kept:
         names.append(f"ckpt_epoch_{state.epoch}.pth")
     run.control.at_checkpoint_after(state.epoch)
@@ -280,6 +295,7 @@ def finish_epoch(
             if is_kept:
                 metrics_log.write_histograms("token mixing weights", token_mixing_weights(state.model), state.epoch)
     run.control.save(*names)
+    return is_last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,9 +323,10 @@ def log_nothing_left(config, start: Start, folder: RunFolder, logger: Logger) ->
     where = f"everything is in {folder.path}"
     if not start.is_own:
         where = f"{start.path} is of a finished run; nothing is written into {folder.path}"
+    early = f", stopped early by TRAIN.PATIENCE {config.TRAIN.PATIENCE}" if done < config.TRAIN.EPOCHS else ""
     logger.info(
-        f"nothing left to train: {done} of {config.TRAIN.EPOCHS} epochs are done, best top-1 {best['top1']:.3f} % "
-        f"(epoch {best['epoch']}); {where}"
+        f"nothing left to train: {done} of {config.TRAIN.EPOCHS} epochs are done{early}, "
+        f"best top-1 {best['top1']:.3f} % (epoch {best['epoch']}); {where}"
     )
 
 
@@ -333,6 +350,7 @@ def log_plan(
         f"peak lr {config.TRAIN.BASE_LR * scale:.3e} = {config.TRAIN.BASE_LR:g} x global batch / "
         f"{config.TRAIN.LR_REFERENCE_BATCH}; precision {precision_name(amp)}"
     )
+    logger.info(f"training images per class: {describe_counts(train_loader.dataset.source)}")
 
 
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:

@@ -1,9 +1,11 @@
 """Data: sources of labelled images, transforms, loaders."""
 
 from .build import (
+    Sources,
     build_eval_loader,
     build_loader,
     build_sources,
+    build_split,
     build_train_loader,
     check_num_classes,
     digit_sources,
@@ -15,12 +17,14 @@ from .transforms import build_mixup
 
 __all__ = [
     "Sample",
+    "Sources",
     "build_batch_transform",
     "build_eval_loader",
     "build_loader",
     "build_mixup",
     "build_normalize",
     "build_sources",
+    "build_split",
     "build_train_loader",
     "check_num_classes",
     "denormalize",

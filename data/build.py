@@ -14,9 +14,9 @@ from yacs.config import CfgNode
 
 from config import image_size
 from data.arrays import by_class
-from data.dataset import ClassificationDataset, EvalSampler, TrainSampler
+from data.dataset import BalancedSampler, ClassificationDataset, EvalSampler, TrainSampler
 from data.errors import DataError
-from data.hfds import hf_sources
+from data.hfds import hf_sources, hf_split
 from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
 from data.shards import ShardSource
@@ -66,6 +66,67 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         sources.train and select(sources.train, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS, config.SEED),
         sources.val and select(sources.val, config.DATA.CLASSES),
     )
+
+
+# What each split may be called
+SPLIT_NAMES = {"train": ("train",), "val": tuple(name for name in VALIDATION if name != "test"), "test": ("test",)}
+
+
+def build_split(config, world: World, split: str) -> Source:
+    """One split: "train", "val" or "test". With DATA.VAL_FRACTION, "val" is what that holds out, "train" the rest, and
+    "test" the data's own.
+
+    Raises:
+        DataError: see `build_sources`; or there is no such split, naming those that are there.
+    """
+    if config.DATA.VAL_FRACTION and split != "test":
+        sources = build_sources(config, world, train=split == "train", val=split == "val")
+        return sources.train or sources.val
+    source = _own_split(config, world, split)
+    _check_same_data(config, Sources(*((source, None) if split == "train" else (None, source))), world)
+    return select(source, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS if split == "train" else 0, config.SEED)
+
+
+def _own_split(config, world: World, split: str) -> Source:
+    """A split of the data set itself."""
+    name, is_train = config.DATA.DATASET, split == "train"
+    if name in ("digits", "CIFAR10", "CIFAR100", *IDX_DATASETS):
+        if name == "digits" and split == "test":
+            raise DataError("--split is test, but digits has no test images; its splits: train, val")
+        return _splits(config, world, is_train, not is_train)[is_train]  # they have two, and test is the second's name
+    if name == "hfds":
+        return hf_split(config, world, SPLIT_NAMES[split])
+    root = _root(config)
+    if name == "wds":
+        with main_process_first(world):
+            return ShardSource(root, split)
+    if config.DATA.ZIP_MODE:
+        there = {name: root / f"{name}.zip" for name in SPLIT_NAMES if (root / f"{name}.zip").is_file()}
+        if split not in there:
+            raise DataError(f"{root}: no {split}.zip in it; its splits: {', '.join(there) or 'none'}")
+        return ZipSource(there[split], root / f"{split}_map.txt")
+    there = [name for name in ("train", *VALIDATION) if (root / name).is_dir()]
+    folder = next((name for name in SPLIT_NAMES[split] if name in there), None)
+    if folder is None:
+        raise DataError(f"{root}: no folder {split}/ in it; its splits: {', '.join(there) or 'none'}")
+    return _class_folders(root / folder, world)
+
+
+def build_class_folders(config, world: World) -> Source:
+    """The class folders of DATA.DATA_PATH itself or, if it has a folder of validation images, those in that.
+
+    Raises:
+        DataError: see `build_sources`.
+    """
+    root = _root(config)
+    source = _class_folders(next((root / name for name in VALIDATION if (root / name).is_dir()), root), world)
+    _check_same_data(config, Sources(None, source), world)
+    return source
+
+
+def _class_folders(folder: Path, world: World) -> FolderSource:
+    with main_process_first(world):  # it writes the index that the others read
+        return FolderSource(folder)
 
 
 def _check_same_data(config, sources: Sources, world: World) -> None:
@@ -232,7 +293,10 @@ def build_train_loader(config, source: Source, world: World) -> DataLoader:
     sharded = config.DATA.CACHE_MODE == "part"
     _fill_cache(config, source, world)
     dataset = _dataset(config, source, is_train=True)
-    sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
+    if config.DATA.SAMPLER == "balanced":
+        sampler = BalancedSampler(source.targets, world.rank, world.size, config.SEED, sharded)
+    else:
+        sampler = TrainSampler(len(source), world.rank, world.size, config.SEED, sharded)
     if len(sampler) < config.DATA.BATCH_SIZE:
         raise DataError(
             f"DATA.BATCH_SIZE is {config.DATA.BATCH_SIZE}, but the training data has {len(source)} images, "
@@ -310,8 +374,7 @@ def _folders(config, world: World, train: bool, val: bool) -> dict[bool, Source]
     for is_train, wanted in ((True, train), (False, val)):
         if wanted:
             folder = _split_folder(config, root, is_train)
-            with main_process_first(world):  # it writes the index that the others read
-                splits[is_train] = FolderSource(folder)
+            splits[is_train] = _class_folders(folder, world)
             if folder.name not in ("train", "val"):
                 use = "training and validation" if is_train else "validation"
                 splits[is_train].notes = [

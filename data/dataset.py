@@ -14,12 +14,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from data.arrays import by_class
 from data.errors import DataError
 from data.sources import Source, class_names
 from utils import seed_all
 
 # Files tried in place of an unreadable one. If so many in a row cannot be read, the data set is broken.
 MOST_REPLACEMENTS = 32
+
+# What asks for a sample: (epoch, index), and, if it comes again in the same epoch, how often it came before: what is
+# drawn at random for it is then another draw.
+Key = tuple[int, int] | tuple[int, int, int]
 
 
 class Sample(NamedTuple):
@@ -55,7 +60,7 @@ class ClassificationDataset(SourceDataset):
     In training, an unreadable file is replaced by the next one in the list. In evaluation it comes as a black image,
     which must not be counted as correct. In both cases `readable` is False.
 
-    Items are keyed by (epoch, index), which the samplers below give.
+    Items are keyed by what the samplers below give.
     """
 
     def __init__(
@@ -72,8 +77,8 @@ class ClassificationDataset(SourceDataset):
         self.seed = seed
         self.is_train = is_train
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Sample:
+        _, index = key[:2]
         if not self.is_train:
             image = self._load(index)
             readable = image is not None
@@ -90,7 +95,7 @@ class ClassificationDataset(SourceDataset):
                 f"{self.source.name(index)} and the {len(candidates) - 1} files after it cannot be read as images"
             )
         with _random_state_kept():
-            seed_all(self.seed, epoch, index, cuda=False)
+            seed_all(self.seed, *key, cuda=False)
             image = self.transform(image)
         return Sample(image, self._target(chosen), index, chosen == index)
 
@@ -140,13 +145,53 @@ class TrainSampler(Sampler):
     def __len__(self) -> int:
         return self.length // self.size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         if self.sharded:
             shard = np.arange(self.rank, self.length, self.size)
             order = np.random.default_rng((self.seed, self.epoch, self.rank)).permutation(shard)
         else:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)[self.rank :: self.size]
         return keys(self.epoch, order[self.start : len(self)])
+
+
+class BalancedSampler(TrainSampler):
+    """As many samples of each class in each epoch, as far as their number divides, in random order. Of a class with
+    more samples than that, a random part comes; of one with fewer, all come as often as each other (once more or less).
+
+    Args:
+        targets: (N,), the label of each sample.
+    """
+
+    def __init__(self, targets: np.ndarray, rank: int, size: int, seed: int, sharded: bool = False):
+        super().__init__(len(targets), rank, size, seed, sharded)
+        self.targets = targets
+
+    def __iter__(self) -> Iterator[Key]:
+        step = slice(None)
+        if self.sharded:
+            shard, draw = np.arange(self.rank, self.length, self.size), (self.seed, self.epoch, self.rank)
+            order, repeats = self._draw(shard, np.random.default_rng(draw))
+        else:
+            order, repeats = self._draw(np.arange(self.length), np.random.default_rng((self.seed, self.epoch)))
+            step = slice(self.rank, None, self.size)
+        order, repeats = (values[step][self.start : len(self)] for values in (order, repeats))
+        return keys(self.epoch, order, repeats)
+
+    def _draw(self, samples: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """As many of the `samples` as there are, balanced, and how often each has come before, in a random order of
+        first and later comings: both (N,)."""
+        labels, positions = np.unique(self.targets[samples], return_inverse=True)
+        of_class = by_class(positions, len(labels))
+        quotas = np.full(len(labels), len(samples) // len(labels))
+        quotas[draw.permutation(len(labels))[: len(samples) % len(labels)]] += 1
+        order, repeats = [], []
+        for members, quota in zip(of_class, quotas, strict=True):
+            rounds = -(-quota // len(members))
+            turns = [draw.permutation(members) for _ in range(rounds)]
+            order.append(np.concatenate(turns)[:quota])
+            repeats.append(np.repeat(np.arange(rounds), len(members))[:quota])
+        mixed = draw.permutation(len(samples))
+        return samples[np.concatenate(order)[mixed]], np.concatenate(repeats)[mixed]
 
 
 class EvalSampler(Sampler):
@@ -162,7 +207,12 @@ class EvalSampler(Sampler):
         return ((0, index) for index in self.indices)
 
 
-def keys(epoch: int, indices: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(epoch, index) for each of the indices, a few of them in memory at a time."""
+def keys(epoch: int, indices: np.ndarray, repeats: np.ndarray | None = None) -> Iterator[Key]:
+    """The key of each of the indices, a few of them in memory at a time."""
     for start in range(0, len(indices), 1024):
-        yield from ((epoch, index) for index in indices[start : start + 1024].tolist())
+        part = slice(start, start + 1024)
+        if repeats is None:
+            yield from ((epoch, index) for index in indices[part].tolist())
+        else:
+            pairs = zip(indices[part].tolist(), repeats[part].tolist(), strict=True)
+            yield from ((epoch, index, repeat) if repeat else (epoch, index) for index, repeat in pairs)

@@ -3,6 +3,7 @@ The library keeps them in Arrow files, which all processes map into their memory
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,42 @@ def hf_sources(config, world: World, train: bool, val: bool) -> dict[bool, Sourc
     Raises:
         DataError: the library is not installed, no such data set, or no such split or column.
     """
+    splits = _all_splits(config, world)
+    sources = {}
+    for is_train, names in ((True, ("train",)), (False, VALIDATION)):
+        if train if is_train else val:
+            otherwise = "" if is_train else ", or DATA.VAL_FRACTION to hold out training images"
+            sources[is_train] = _first_of(splits, names, config, otherwise)
+    return sources
+
+
+def hf_split(config, world: World, names: Sequence[str]) -> Source:
+    """The first of the splits `names` that is there.
+
+    Raises:
+        DataError: see `hf_sources`.
+    """
+    return _first_of(_all_splits(config, world), names, config)
+
+
+def _all_splits(config, world: World) -> dict[str, Any]:
     if importlib.util.find_spec("datasets") is None:
         raise DataError("DATA.DATASET is hfds, which needs the package datasets: pip install -r requirements/hfds.txt")
     path = config.DATA.DATA_PATH
     if not path:
         raise DataError("DATA.DATA_PATH is empty; give --data-path: a folder of parquet files, or a name on the hub")
     with main_process_first(world):  # it downloads and converts what the others then find in the library's cache
-        splits = _load(path)
-    sources = {}
-    for is_train, names in ((True, ("train",)), (False, VALIDATION)):
-        if not (train if is_train else val):
-            continue
-        name = next((name for name in names if name in splits), None)
-        if name is None:
-            raise DataError(
-                f"{printable(path)}: has the splits {', '.join(map(printable, splits))}; accepted: {' or '.join(names)}"
-                + ("" if is_train else ", or DATA.VAL_FRACTION to hold out training images")
-            )
-        columns = config.DATA.IMAGE_COLUMN, config.DATA.LABEL_COLUMN
-        sources[is_train] = HFSource(splits[name], *columns, f"{printable(path)}:{name}")
-    return sources
+        return _load(path)
+
+
+def _first_of(splits: dict[str, Any], names: Sequence[str], config, otherwise: str = "") -> "HFSource":
+    path = printable(config.DATA.DATA_PATH)
+    name = next((name for name in names if name in splits), None)
+    if name is None:
+        raise DataError(
+            f"{path}: has the splits {', '.join(map(printable, splits))}; accepted: {' or '.join(names)}{otherwise}"
+        )
+    return HFSource(splits[name], config.DATA.IMAGE_COLUMN, config.DATA.LABEL_COLUMN, f"{path}:{name}")
 
 
 def _load(path: str) -> dict[str, Any]:

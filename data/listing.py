@@ -74,9 +74,10 @@ def list_classes(root: Path) -> Listing:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; accepted: a folder with one folder of images per class")
     tree = _Tree(root)
-    classes, _ = tree.scan(str(root))
+    classes, files = tree.scan(str(root))
     if not classes:
-        raise DataError(f"{root}: has no class folders; accepted: one folder of images per class")
+        unlabelled = "; tools/predict.py classifies images without labels" if any(map(_is_image, files)) else ""
+        raise DataError(f"{root}: has no class folders; accepted: one folder of images per class{unlabelled}")
     counts = np.zeros(len(classes), np.int64)
     above = len(os.path.join(root, ""))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import Resize
 
 from config import image_size
-from data.dataset import Sample, SourceDataset
+from data.dataset import Key, Sample, SourceDataset
 from data.sources import Source
 from data.transforms import SMALL_IMAGE, draws_per_image, largest_shift, whole_image_interpolation
 
@@ -39,28 +39,36 @@ class InMemoryDataset(SourceDataset):
         self.targets = torch.tensor(source.targets, dtype=torch.int64)
         self._drawn_for = -1  # epoch
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         return Sample(*(values[0] for values in self.__getitems__([key])))
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> Sample:
-        """A batch of samples with the keys (epoch, index), all of one epoch."""
-        indices = torch.tensor([index for _, index in keys])
+    def __getitems__(self, keys: list[Key]) -> Sample:
+        """A batch of samples with these keys, all of one epoch."""
+        indices = torch.tensor([key[1] for key in keys])
         images = self.images[indices]
         if self.is_train:
-            images = self._augment(images, keys[0][0], indices)
+            images = self._augment(images, keys)
         images = images.expand(-1, 3, -1, -1).contiguous()
         return Sample(images, self.targets[indices], indices, torch.ones(len(keys), dtype=torch.bool))
 
-    def _augment(self, images: Tensor, epoch: int, indices: Tensor) -> Tensor:
-        (height, width), most = images.shape[-2:], self.most
+    def _draw(self, draw: np.random.Generator, count: int) -> tuple[list[Tensor], Tensor]:
+        """Shifts, down and right, and flips of so many samples."""
+        shifts = [torch.from_numpy(draw.integers(-m, m, count, endpoint=True)) for m in self.most]
+        return shifts, torch.from_numpy(draw.random(count) < self.hflip)
+
+    def _augment(self, images: Tensor, keys: list[Key]) -> Tensor:
+        (height, width), most, epoch = images.shape[-2:], self.most, keys[0][0]
         if self._drawn_for != epoch:
             # The spawn key keeps this apart from the order of the samples, which is drawn from (seed, epoch) too.
             draw = np.random.default_rng(np.random.SeedSequence((self.seed, epoch), spawn_key=(1,)))
-            count = len(self)
-            self._shifts = [torch.from_numpy(draw.integers(-m, m, count, endpoint=True)) for m in most]
-            self._flips = torch.from_numpy(draw.random(count) < self.hflip)
+            self._shifts, self._flips = self._draw(draw, len(self))
             self._drawn_for = epoch
+        indices = torch.tensor([key[1] for key in keys])
         (down, right), flip = (shift[indices] for shift in self._shifts), self._flips[indices]
+        for position, key in enumerate(keys):
+            if len(key) > 2:  # the sample comes again
+                draw = np.random.default_rng(np.random.SeedSequence((self.seed, *key), spawn_key=(1,)))
+                (down[position], right[position]), flip[position] = self._draw(draw, 1)
         rows = torch.arange(height) + down[:, None]  # (N, H), of the padded image less its border
         columns = torch.arange(width) + right[:, None]
         columns = torch.where(flip[:, None], columns.flip(1), columns)

@@ -35,6 +35,7 @@ NOTES = "shards.json"
 SPLITS = {
     "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])", re.IGNORECASE),
     "val": re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE),
+    "test": re.compile(r"(?<![a-z])test(ing)?(?![a-z])", re.IGNORECASE),
 }
 
 
@@ -67,7 +68,7 @@ class ShardSource(FileSource):
 
     Args:
         root: the folder. If it has `classes.txt`, a name per line, that names the classes.
-        split: "train" or "val".
+        split: "train", "val" or "test".
 
     Raises:
         DataError: no such shards, one that is missing or damaged, or members that cannot be used.
@@ -123,15 +124,23 @@ def find_shards(root: Path, split: str) -> list[Path]:
     Raises:
         DataError: there are none, one is of both splits, or one that `tools/make_shards.py` has noted is missing.
     """
-    paths = sorted(path for path in root.glob("*.tar") if SPLITS[split].search(path.name))
+    shards = sorted(root.glob("*.tar"))
+    paths = [path for path in shards if SPLITS[split].search(path.name)]
     if not paths:
+        there = [name for name, words in SPLITS.items() if any(words.search(path.name) for path in shards)]
         raise DataError(
             f"{_show(root)}: no shards of {split} in it; accepted: WebDataset's tar files with {split} as a word in "
-            f"their names, such as {split}-000000.tar"
+            f"their names, such as {split}-000000.tar; its splits: {', '.join(there) or 'none'}"
         )
-    both = [path for path in paths if all(words.search(path.name) for words in SPLITS.values())]
-    if both:
-        raise DataError(f"{_show(both[0])}: is it for training or for validation? accepted: one of them in its name")
+    # "test" may be a word of the data set's own name.
+    others = [name for name in SPLITS if name != "test" or split == "test"]
+    for path in paths:
+        named = [name for name in others if SPLITS[name].search(path.name)]
+        if len(named) > 1:
+            uses = " or for ".join(
+                {"train": "training", "val": "validation", "test": "testing"}[name] for name in named
+            )
+            raise DataError(f"{_show(path)}: is it for {uses}? accepted: one of them in its name")
     try:
         splits = json.loads((root / NOTES).read_text(encoding="utf-8"))["splits"]
         noted = [name for about in splits.values() for name in about["shards"] if SPLITS[split].search(name)]

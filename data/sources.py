@@ -200,14 +200,18 @@ class SubsetSource(Source):
     Args:
         indices: which samples; all of them are of the `classes`.
         classes: their names in the new label order.
+        labels: the new label of each of the source's classes; by default the one of the same name.
     """
 
-    def __init__(self, source: Source, indices: Sequence[int], classes: Sequence[str]):
+    def __init__(
+        self, source: Source, indices: Sequence[int], classes: Sequence[str], labels: Sequence[int] | None = None
+    ):
         self._source, self._indices, self.notes = source, np.asarray(indices, np.int64), source.notes
         self.classes, self.has_names, self.in_memory = list(classes), source.has_names, source.in_memory
-        new = {name: label for label, name in enumerate(classes)}
-        new_labels = np.array([new.get(name, -1) for name in source.classes], np.int32)
-        self.targets = new_labels[source.targets[self._indices]]
+        if labels is None:
+            new = {name: label for label, name in enumerate(classes)}
+            labels = [new.get(name, -1) for name in source.classes]
+        self.targets = np.array(labels, np.int32)[source.targets[self._indices]]
 
     def images(self) -> np.ndarray:
         return self._source.images()[self._indices]
@@ -253,6 +257,22 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders can raise anything on damaged or hostile bytes
         raise UnreadableImage(f"{name}: {error}") from error
+
+
+def describe_counts(source: Source, most: int = 10) -> str:
+    """How many samples of each class there are, for people; of more than `most` classes the smallest and largest."""
+    counts = np.bincount(source.targets, minlength=len(source.classes))
+    order = np.argsort(counts, kind="stable")
+
+    def listed(labels: Iterable[int]) -> str:
+        return ", ".join(f"{printable(source.classes[label][:200])} {counts[label]}" for label in labels)
+
+    if len(counts) <= most:
+        return listed(range(len(counts)))
+    if counts.min() == counts.max():
+        return f"{counts[0]} of each of {len(counts)} classes"
+    half = most // 2
+    return f"fewest {listed(order[:half])}; most {listed(order[::-1][:half])}; median {np.median(counts):g}"
 
 
 def class_names(source: Source) -> list[str]:

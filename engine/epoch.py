@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from logging import Logger
@@ -13,7 +13,7 @@ from logging import Logger
 import torch
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
@@ -22,6 +22,7 @@ from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from engine.control import Control, Point
 from engine.evaluate import autocast
 from engine.finite import FiniteGuard, Step
+from engine.loss import build_criterion
 from engine.state import TrainingState
 from models import train_mode
 from optimizer import learning_rate
@@ -69,6 +70,11 @@ class Training:
         """Optimizer steps per epoch."""
         return steps_per_epoch(self.loader, self.accumulation)
 
+    @cached_property
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss, see `build_criterion`."""
+        return build_criterion(self.config, lambda: self.loader.dataset.source, bool(self.mixup), self.world.device)
+
     def passes(self, step: int) -> int:
         """Passes of step number `step` of an epoch."""
         return min(self.accumulation, len(self.loader) - step * self.accumulation)
@@ -95,8 +101,6 @@ def train_one_epoch(run: Training) -> dict[str, float]:
     """
     config, state, world, control = run.config, run.state, run.world, run.control
     train_mode(run.model)
-    # Mixup's soft targets are smoothed already.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if run.mixup else config.MODEL.LABEL_SMOOTHING)
     transform = build_batch_transform(config, run.mixup, world.device)
     guard, meter = FiniteGuard(config, state, run.logger), Meter(run)
     unreadable = UnreadableFiles(run.loader, config.DATA.MAX_UNREADABLE, run.logger, state.progress.unreadable)
@@ -114,7 +118,7 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         # Gradients of all processes are averaged once per step, in its last backward pass.
         with contextlib.nullcontext() if is_last or not world.distributed else run.model.no_sync():
             with autocast(world.device, state.amp), single_values_named(config):
-                loss = criterion(run.model(images), targets)
+                loss = run.criterion(run.model(images), targets)
             control.at_batch(state.epoch, i, Point.BACKWARD)
             guard.backward(loss, run.passes(number), batch.index)
         if not is_last:

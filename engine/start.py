@@ -1,5 +1,6 @@
 """Where a run starts: at its own newest checkpoint, or else at --resume, --pretrained, or random weights."""
 
+import math
 from dataclasses import dataclass
 from logging import Logger
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from config import find, leaves
-from engine.state import TrainingState
+from engine.state import TrainingState, lowest_of, stops_early
 from logger import ALL_RANKS
 from runtime.checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
 from runtime.distributed import World, on_main
@@ -23,6 +24,17 @@ class Start:
     content: dict[str, Any] | None = None
     path: Path | None = None
     is_own: bool = False
+
+
+def is_finished(config, start: Start) -> bool:
+    """Whether nothing is left to train."""
+    content = start.content
+    if not content:
+        return False
+    epoch = content["epoch"]
+    # Another run's best does not say when this one is to stop.
+    early = start.is_own and stops_early(config, epoch, content["best"], lowest_of(content))
+    return epoch >= config.TRAIN.EPOCHS or early
 
 
 def find_start(config, folder: RunFolder, world: World, logger: Logger) -> Start:
@@ -103,7 +115,8 @@ def restore_state(
     if start.is_own:
         state.run = start.content["run"] or state.run
     else:
-        state.best = {"top1": -1.0, "epoch": 0}  # this run's own best
+        # This run's own best
+        state.best, state.lowest = {"top1": -1.0, "epoch": 0}, {"val_loss": math.inf, "epoch": state.epoch}
     start.content = None  # as large as the model and the optimizer together
 
 

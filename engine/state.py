@@ -2,6 +2,7 @@
 
 import math
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import Logger
 from pathlib import Path
@@ -51,6 +52,23 @@ def is_better(metrics: dict[str, Any], best: dict[str, Any]) -> bool:
     return metrics["val_loss"] < (math.inf if math.isnan(before) else before)
 
 
+def lowest_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`TrainingState.lowest` of a checkpoint. Older ones lack it: from there on it is looked for anew."""
+    return dict(content.get("lowest", {"val_loss": math.inf, "epoch": content["epoch"]}))
+
+
+def stops_early(config, epoch: int, best: dict[str, Any], lowest: dict[str, Any]) -> bool:
+    """Whether a run with TRAIN.PATIENCE ends after `epoch` epochs.
+
+    Args:
+        best, lowest: see `TrainingState`.
+    """
+    if not config.TRAIN.PATIENCE or epoch % config.TEST.INTERVAL:  # the last epoch of a run is one that is evaluated
+        return False
+    since = (best if config.TRAIN.PATIENCE_METRIC == "top1" else lowest)["epoch"]
+    return epoch - since >= config.TRAIN.PATIENCE
+
+
 @dataclass
 class TrainingState:
     """What changes in training. Learning rates and everything random depend on the position alone.
@@ -63,6 +81,7 @@ class TrainingState:
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
+        lowest: {"val_loss": the lowest, "epoch": after which}.
     """
 
     model: nn.Module
@@ -75,6 +94,7 @@ class TrainingState:
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
+    lowest: dict[str, Any] = field(default_factory=lambda: {"val_loss": math.inf, "epoch": 0})
 
     def capture(self, config, images: int, world: World) -> dict[str, Any]:
         """The content of a checkpoint. All processes must call it: what differs between them is gathered.
@@ -115,6 +135,7 @@ class TrainingState:
                 "buffers": buffers,  # (processes, elements)
             },
             "best": dict(self.best),
+            "lowest": dict(self.lowest),
             "config": leaves(config),
             "classes": list(self.classes),
             "processes": world.size,
@@ -148,7 +169,7 @@ class TrainingState:
             load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:
             self.scaler.load_state_dict(content["scaler"])
-        self.epoch, self.best = content["epoch"], dict(content["best"])
+        self.epoch, self.best, self.lowest = content["epoch"], dict(content["best"]), lowest_of(content)
         processes = content["processes"] or world.size  # format 1 does not say
         self._restore_progress(content, path, processes, world)
         if content["images"] not in (None, images):

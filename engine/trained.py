@@ -14,16 +14,17 @@ from yacs.config import CfgNode
 
 from config import config_of, load_config
 from data import build_normalize, build_sources, check_num_classes
+from data.matching import EvalSet, match_classes
 from data.sources import Source
 from data.sources import class_names as class_names_of
 from data.transforms import build_transform
-from engine.evaluate import autocast, resolve_amp
+from engine.evaluate import autocast, resolve_amp, with_classes_of
 from models import build_model
 from runtime.checkpoint import (
     CheckpointError,
-    count_classes,
     find_weights,
     load_weights,
+    named_classes,
     other_classes,
     read_checkpoint,
 )
@@ -73,6 +74,7 @@ class Trained:
             UserError: the data is not there, or has another number of classes.
         """
         source = build_sources(self.config, World(rank=0, local_rank=0, size=1, device=self.device), train=False).val
+        source = match_classes(self.config, EvalSet(source, None), self.known_classes, self.path).source
         check_num_classes(self.config, source)
         if other_classes({"classes": self.known_classes}, class_names_of(source)):
             print(f"note: {self.path} was trained on classes of other names than the data has", file=sys.stderr)
@@ -86,15 +88,9 @@ def load_trained(args: argparse.Namespace) -> Trained:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
     """
     content = read_checkpoint(args.checkpoint)
-    config = read_config(content, args.checkpoint, args.cfg, args.opts, ema=not args.no_ema).clone()
-    config.defrost()
     ema = not args.no_ema
-    if not config.MODEL.NUM_CLASSES:
-        config.MODEL.NUM_CLASSES = 1
-        with torch.device("meta"):
-            model = build_model(config)
-        config.MODEL.NUM_CLASSES = count_classes(model, content, args.checkpoint, ema)
-    config.freeze()
+    config = read_config(content, args.checkpoint, args.cfg, args.opts, ema)
+    config = with_classes_of(config, content, args.checkpoint, ema)
     model = build_model(config)
     for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
         print(f"note: {note}", file=sys.stderr)
@@ -164,10 +160,7 @@ def class_names(content: Mapping, path: Path, listing: Path | None, count: int) 
         if len(names) != count:
             raise UserError(f"--classes {listing}: has {len(names)} lines, but the model of {path} has {count} classes")
         return [printable(name) for name in names]
-    names = content.get("classes")
-    if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
-        return [printable(name) for name in names]
-    return []
+    return named_classes(content, count)
 
 
 def guessed_names(count: int) -> list[str]:

@@ -29,7 +29,7 @@ from runtime.untrusted import (
     reason_of,
     some_keys,
 )
-from utils import shorten
+from utils import printable, shorten
 
 __all__ = [
     "FORMAT",
@@ -42,6 +42,7 @@ __all__ = [
     "find_weights",
     "load_pretrained",
     "load_weights",
+    "named_classes",
     "other_classes",
     "read_checkpoint",
     "read_training_state",
@@ -165,6 +166,18 @@ def classifier_names(model: nn.Module) -> list[str]:
     modules = classifiers(model)
     prefixes = {name: module for name, module in model.named_modules() if any(module is c for c in modules)}
     return [f"{prefix}.{name}" for prefix, module in prefixes.items() for name, _ in module.named_parameters()]
+
+
+def named_classes(content: Mapping, count: int = 0) -> list[str]:
+    """Names of the classes in label order, printable, as a checkpoint has them; empty if it does not name them.
+
+    Args:
+        count: how many there must be; 0: any number.
+    """
+    names = content.get("classes")
+    if isinstance(names, list) and len(names) in (count or len(names),) and all(isinstance(n, str) for n in names):
+        return [printable(name) for name in names]
+    return []
 
 
 def other_classes(content: Mapping, classes: Sequence[str]) -> bool:

@@ -268,6 +268,10 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
     require(number(best.get("top1"), -1) and whole(best.get("epoch")), "best is not an accuracy and an epoch")
     # Not finite after a bad epoch; older files have none
     require(isinstance(best.get("val_loss", 0.0), float), "best has a val_loss that is no number")
+    if "lowest" in content:  # older files have none
+        lowest = section("lowest")
+        good = isinstance(lowest.get("val_loss"), float) and whole(lowest.get("epoch"))
+        require(good, "lowest is not a loss and an epoch")
     require(all(isinstance(key, str) for key in config), "config has keys that are no text")
     for key, value in config.items():
         values = value if isinstance(value, list) else [value]

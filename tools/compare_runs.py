@@ -84,12 +84,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has trained to its last epoch and saved that."""
-        if not self.records or self.epochs < self.values["TRAIN.EPOCHS"]:
+        """Whether it has trained to its last epoch, of all or by TRAIN.PATIENCE, and saved that."""
+        early = bool(self.records) and "stopped_early" in self.records[-1]
+        if not self.records or (self.epochs < self.values["TRAIN.EPOCHS"] and not early):
             return False
         # The metrics are written before the checkpoint. Without any, they were deleted to save space.
         last, metrics = self.path / "last.pth", self.path / "metrics.jsonl"
-        if (self.path / f"ckpt_epoch_{self.values['TRAIN.EPOCHS']}.pth").exists() or not last.exists():
+        if (self.path / f"ckpt_epoch_{self.epochs}.pth").exists() or not last.exists():
             return True
         return last.stat().st_mtime >= metrics.stat().st_mtime
 

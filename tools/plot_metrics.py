@@ -42,7 +42,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-OPTIONAL = ("train_loss", "val_loss", "top1", "top5", "images_per_second", "seconds", "processes")
+OPTIONAL = ("train_loss", "val_loss", "top1", "top5", "images_per_second", "seconds", "processes", "stopped_early")
 
 # Blue and orange of matplotlib's "tableau-colorblind10", which colour-blind readers can tell apart.
 FIRST_COLOR = "#006BA4"
