@@ -57,6 +57,9 @@ FOLDER_NAME: Limit = (
     "a name for a folder, without slashes",
 )
 
+# What MODEL.LOAD_EMA stands for: see `runtime.weights.find_weights`.
+EMA = {"auto": None, "on": True, "off": False}
+
 _C = CfgNode()
 ACCEPTED: dict[str, Limit] = {}
 
@@ -139,6 +142,9 @@ key("MODEL.TYPE", "strip_mlp_layer", one_of("strip_mlp_layer", "timm"))
 key("MODEL.NAME", "strip_mlp", FOLDER_NAME)
 # Weights to fine-tune from; a classifier of another size starts anew.
 key("MODEL.PRETRAINED", "", PATH)
+# Of a checkpoint to fine-tune from or to evaluate: on: the moving average of its weights; off: the weights themselves;
+# auto: the average if there is one.
+key("MODEL.LOAD_EMA", "auto", one_of(*EMA))
 # Checkpoint to continue from, with optimizer, schedule and epoch. One in the output folder takes precedence.
 key("MODEL.RESUME", "", PATH)
 # 0: as many as the data has
@@ -336,6 +342,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mode", choices=["no", "full", "part"], help="keep files in memory (DATA.CACHE_MODE)")
     parser.add_argument("--pretrained", help="weights to fine-tune from (MODEL.PRETRAINED)")
     parser.add_argument("--resume", help="checkpoint to continue from or to evaluate (MODEL.RESUME)")
+    _add_ema(parser)
     parser.add_argument("--accumulation-steps", type=int, help="passes per step (TRAIN.ACCUMULATION_STEPS)")
     parser.add_argument("--use-checkpoint", action="store_true", help="recompute activations (TRAIN.USE_CHECKPOINT)")
     parser.add_argument("--amp", choices=["auto", "on", "off", "bfloat16", "float16"], help="mixed precision (AMP)")
@@ -347,13 +354,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="whether to take a checkpoint's moving average of the weights (default: if there is one; MODEL.LOAD_EMA)",
+    )
+
+
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """The options that name a trained model; `engine.trained.load_trained` reads them.
 
     Args:
         nargs: argparse's, for tools that take several checkpoints.
     """
-    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint: ours, released, or safetensors")
+    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint, of whatever origin: file or folder")
     parser.add_argument("--cfg", metavar="FILE", help="config of the model; ours have it in the checkpoint")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
@@ -365,7 +380,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
         help="names of the classes, one per line in label order (default: those in the checkpoint, or ImageNet-1K's "
         "if there are 1,000)",
     )
-    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
+    _add_ema(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
 
 
@@ -386,6 +401,7 @@ def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> t
         "DATA.CACHE_MODE": ("--cache-mode", args.cache_mode),
         "MODEL.PRETRAINED": ("--pretrained", args.pretrained),
         "MODEL.RESUME": ("--resume", args.resume),
+        "MODEL.LOAD_EMA": ("--ema", {True: "on", False: "off", None: None}[args.ema]),
         "TRAIN.ACCUMULATION_STEPS": ("--accumulation-steps", args.accumulation_steps),
         "TRAIN.USE_CHECKPOINT": ("--use-checkpoint", args.use_checkpoint or None),
         "AMP": ("--amp", args.amp),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from config import EMA
 from data import Sample, build_eval_loader, build_normalize, build_sources, with_class_count
 from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from engine.control import Control
@@ -218,8 +219,8 @@ def evaluate_run(
 
     path = find_checkpoint(config, checkpoint)
     content = read_checkpoint(path)
-    loaded = load_weights(model, content, path)
-    for line in (f"weights from {path}", *loaded.notes(model)):
+    loaded = load_weights(model, content, path, ema=EMA[config.MODEL.LOAD_EMA])
+    for line in (f"weights from {path}: {loaded.taken}", *loaded.notes(model)):
         logger.info(line)
     if other_classes(content, loader.dataset.classes):
         message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"

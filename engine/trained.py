@@ -22,12 +22,12 @@ from models import build_model
 from runtime.checkpoint import (
     CheckpointError,
     count_classes,
-    find_weights,
     load_weights,
     other_classes,
     read_checkpoint,
 )
 from runtime.distributed import World
+from runtime.weights import find_weights
 from utils import UserError, printable
 
 
@@ -86,17 +86,17 @@ def load_trained(args: argparse.Namespace) -> Trained:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
     """
     content = read_checkpoint(args.checkpoint)
-    config = read_config(content, args.checkpoint, args.cfg, args.opts, ema=not args.no_ema).clone()
+    config = read_config(content, args.checkpoint, args.cfg, args.opts).clone()
     config.defrost()
-    ema = not args.no_ema
     if not config.MODEL.NUM_CLASSES:
         config.MODEL.NUM_CLASSES = 1
         with torch.device("meta"):
             model = build_model(config)
-        config.MODEL.NUM_CLASSES = count_classes(model, content, args.checkpoint, ema)
+        config.MODEL.NUM_CLASSES = count_classes(model, content, args.checkpoint, args.ema)
     config.freeze()
     model = build_model(config)
-    for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
+    loaded = load_weights(model, content, args.checkpoint, ema=args.ema)
+    for note in (f"weights from {args.checkpoint}: {loaded.taken}", *loaded.notes(model)):
         print(f"note: {note}", file=sys.stderr)
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and not has_cuda:
@@ -115,7 +115,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
     )
 
 
-def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str], ema: bool = True) -> CfgNode:
+def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str]) -> CfgNode:
     """The frozen config of --cfg, or else of the checkpoint, with `opts` on top.
 
     Raises:
@@ -129,7 +129,7 @@ def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[st
             f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
             "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
         )
-    check_size(config_of(values, str(path)), find_weights(content, path, ema), path)
+    check_size(config_of(values, str(path)), find_weights(content, path).weights, path)
     return config_of(values, str(path), opts)
 
 
