@@ -330,9 +330,9 @@ def get_default_config() -> CfgNode:
     return _C.clone()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, cfg_required: bool = True) -> None:
     """The options that all entry points share; `get_config` reads them."""
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
+    parser.add_argument("--cfg", required=cfg_required, metavar="FILE", help="YAML config file")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
     )
@@ -388,8 +388,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
 IdleKeys = Callable[[CfgNode], tuple[Sequence[str], str]]
 
 
-def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> tuple[CfgNode, list[str]]:
+def get_config(
+    args: argparse.Namespace, idle_keys: IdleKeys | None = None, own: Mapping[str, Any] | None = None
+) -> tuple[CfgNode, list[str]]:
     """The frozen config of a parsed command line, and notes for the log about keys that were renamed or ignored.
+
+    Args:
+        own: the config of the checkpoint, by dotted keys, where there is no --cfg.
 
     Raises:
         ConfigError: naming the file (or flag), the key and what is accepted.
@@ -417,6 +422,8 @@ def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> t
         read_as = f"read as --amp {level}" if args.amp is None else f"ignored for --amp {args.amp}"
         notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is {read_as}")
     overrides = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    if own is not None:
+        return config_of(own, args.resume or args.pretrained, args.opts, overrides), notes
     config, file_notes = load_config(args.cfg, args.opts, overrides, idle_keys)
     return config, file_notes + notes
 
@@ -449,9 +456,14 @@ def load_config(
     return merge.config, merge.notes
 
 
-def config_of(values: Mapping[str, Any], where: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The frozen config of a checkpoint: `values` by dotted key (see `leaves`) over the defaults, `opts` over those.
-    Keys that this version does not have are left out.
+def config_of(
+    values: Mapping[str, Any],
+    where: str,
+    opts: Sequence[str] = (),
+    overrides: Sequence[tuple[str, Any, str]] = (),
+) -> CfgNode:
+    """The frozen config of a checkpoint: `values` by dotted key (see `leaves`) over the defaults, then `opts` and
+    `overrides` as in `load_config`. Keys that this version does not have are left out.
 
     Raises:
         ConfigError: naming `where`, the key and what is accepted.
@@ -461,6 +473,8 @@ def config_of(values: Mapping[str, Any], where: str, opts: Sequence[str] = ()) -
         if key in values:
             merge.value(key, values[key], where)
     merge.options(opts)
+    for key, value, flag in overrides:
+        merge.value(key, value, flag)
     validate(merge.config, merge.origins)
     merge.config.freeze()
     return merge.config

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from data.sources import Source
 from data.sources import class_names as class_names_of
 from data.transforms import build_transform
 from engine.evaluate import autocast, resolve_amp
+from engine.timm_format import config_values
 from models import build_model
 from runtime.checkpoint import (
     CheckpointError,
@@ -123,14 +125,27 @@ def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[st
     """
     if cfg:
         return load_config(cfg, opts)[0]
+    return config_of(own_config(content, path), str(path), opts)
+
+
+def own_config(content: Mapping, path: Path) -> Mapping[str, Any]:
+    """The config of a checkpoint, by dotted keys: of ours, or of timm's `config.json` beside it.
+
+    Raises:
+        UserError: there is none, or it is not one of the weights in the checkpoint.
+    """
     values = content.get("config")
     if not isinstance(values, Mapping) or "MODEL.TYPE" not in values:
-        raise CheckpointError(
-            f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
-            "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
-        )
+        if "timm" not in content:
+            raise CheckpointError(
+                f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
+                "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+            )
+        values, notes = config_values(content["timm"], path)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     check_size(config_of(values, str(path)), find_weights(content, path).weights, path)
-    return config_of(values, str(path), opts)
+    return values
 
 
 def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:
