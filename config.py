@@ -65,6 +65,9 @@ FOLDER_NAME: Limit = (
     "a name for a folder, without slashes",
 )
 
+# What MODEL.LOAD_EMA stands for: see `runtime.weights.find_weights`.
+EMA = {"auto": None, "on": True, "off": False}
+
 _C = CfgNode()
 ACCEPTED: dict[str, Limit] = {}
 
@@ -150,6 +153,9 @@ key("MODEL.TYPE", "strip_mlp_layer", one_of("strip_mlp_layer", "timm"))
 key("MODEL.NAME", "strip_mlp", FOLDER_NAME)
 # Weights to fine-tune from; a classifier of another size starts anew.
 key("MODEL.PRETRAINED", "", PATH)
+# Of a checkpoint to fine-tune from or to evaluate: on: the moving average of its weights; off: the weights themselves;
+# auto: the average if there is one.
+key("MODEL.LOAD_EMA", "auto", one_of(*EMA))
 # Checkpoint to continue from, with optimizer, schedule and epoch. One in the output folder takes precedence.
 key("MODEL.RESUME", "", PATH)
 # 0: as many as the data has
@@ -346,9 +352,9 @@ def get_default_config() -> CfgNode:
 EVAL_SETS = ("imagenet-r", "imagenet-a", "imagenet-sketch", "imagenet-v2", "imagenet-real", "numbered")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, cfg_required: bool = True) -> None:
     """The options that all entry points share; `get_config` reads them."""
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML config file")
+    parser.add_argument("--cfg", required=cfg_required, metavar="FILE", help="YAML config file")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
     )
@@ -358,6 +364,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-mode", choices=["no", "full", "part"], help="keep files in memory (DATA.CACHE_MODE)")
     parser.add_argument("--pretrained", help="weights to fine-tune from (MODEL.PRETRAINED)")
     parser.add_argument("--resume", help="checkpoint to continue from or to evaluate (MODEL.RESUME)")
+    _add_ema(parser)
     parser.add_argument("--accumulation-steps", type=int, help="passes per step (TRAIN.ACCUMULATION_STEPS)")
     parser.add_argument("--use-checkpoint", action="store_true", help="recompute activations (TRAIN.USE_CHECKPOINT)")
     parser.add_argument("--amp", choices=["auto", "on", "off", "bfloat16", "float16"], help="mixed precision (AMP)")
@@ -369,13 +376,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="whether to take a checkpoint's moving average of the weights (default: if there is one; MODEL.LOAD_EMA)",
+    )
+
+
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """The options that name a trained model; `engine.trained.load_trained` reads them.
 
     Args:
         nargs: argparse's, for tools that take several checkpoints.
     """
-    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint: ours, released, or safetensors")
+    parser.add_argument("checkpoint", type=Path, nargs=nargs, help="a checkpoint, of whatever origin: file or folder")
     parser.add_argument("--cfg", metavar="FILE", help="config of the model; ours have it in the checkpoint")
     parser.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="config keys to set, in pairs"
@@ -387,7 +402,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
         help="names of the classes, one per line in label order (default: those in the checkpoint, or ImageNet-1K's "
         "if there are 1,000)",
     )
-    parser.add_argument("--no-ema", action="store_true", help="the weights themselves, not their moving average")
+    _add_ema(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
 
 
@@ -395,8 +410,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
 IdleKeys = Callable[[CfgNode], tuple[Sequence[str], str]]
 
 
-def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> tuple[CfgNode, list[str]]:
+def get_config(
+    args: argparse.Namespace, idle_keys: IdleKeys | None = None, own: Mapping[str, Any] | None = None
+) -> tuple[CfgNode, list[str]]:
     """The frozen config of a parsed command line, and notes for the log about keys that were renamed or ignored.
+
+    Args:
+        own: the config of the checkpoint, by dotted keys, where there is no --cfg.
 
     Raises:
         ConfigError: naming the file (or flag), the key and what is accepted.
@@ -408,6 +428,7 @@ def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> t
         "DATA.CACHE_MODE": ("--cache-mode", args.cache_mode),
         "MODEL.PRETRAINED": ("--pretrained", args.pretrained),
         "MODEL.RESUME": ("--resume", args.resume),
+        "MODEL.LOAD_EMA": ("--ema", {True: "on", False: "off", None: None}[args.ema]),
         "TRAIN.ACCUMULATION_STEPS": ("--accumulation-steps", args.accumulation_steps),
         "TRAIN.USE_CHECKPOINT": ("--use-checkpoint", args.use_checkpoint or None),
         "AMP": ("--amp", args.amp),
@@ -423,6 +444,8 @@ def get_config(args: argparse.Namespace, idle_keys: IdleKeys | None = None) -> t
         read_as = f"read as --amp {level}" if args.amp is None else f"ignored for --amp {args.amp}"
         notes.append(f"--amp-opt-level is apex's and deprecated: {args.amp_opt_level} is {read_as}")
     overrides = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    if own is not None:
+        return config_of(own, args.resume or args.pretrained, args.opts, overrides), notes
     config, file_notes = load_config(args.cfg, args.opts, overrides, idle_keys)
     return config, file_notes + notes
 
@@ -455,9 +478,14 @@ def load_config(
     return merge.config, merge.notes
 
 
-def config_of(values: Mapping[str, Any], where: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The frozen config of a checkpoint: `values` by dotted key (see `leaves`) over the defaults, `opts` over those.
-    Keys that this version does not have are left out.
+def config_of(
+    values: Mapping[str, Any],
+    where: str,
+    opts: Sequence[str] = (),
+    overrides: Sequence[tuple[str, Any, str]] = (),
+) -> CfgNode:
+    """The frozen config of a checkpoint: `values` by dotted key (see `leaves`) over the defaults, then `opts` and
+    `overrides` as in `load_config`. Keys that this version does not have are left out.
 
     Raises:
         ConfigError: naming `where`, the key and what is accepted.
@@ -467,6 +495,8 @@ def config_of(values: Mapping[str, Any], where: str, opts: Sequence[str] = ()) -
         if key in values:
             merge.value(key, values[key], where)
     merge.options(opts)
+    for key, value, flag in overrides:
+        merge.value(key, value, flag)
     validate(merge.config, merge.origins)
     merge.config.freeze()
     return merge.config

@@ -3,7 +3,8 @@
     python main_eval.py --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA --resume FILE
 
 Without --resume or --pretrained it evaluates best.pth (or else last.pth) of the run that the config, --output and --tag
-name. Under torchrun, each process evaluates its share of the images.
+name. A checkpoint that knows its config (ours, or a folder of timm's) needs no --cfg. Under torchrun, each process
+evaluates its share of the images.
 
 --split evaluates another split. --eval-set evaluates a model of ImageNet's classes, or some of them, on ImageNet's
 other test sets; --data-path is then the folder with the class folders:
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add_arguments(parser)
+    add_arguments(parser, cfg_required=False)
     parser.add_argument("--throughput", action="store_true", help="measure images/s of the model alone, no accuracy")
     parser.add_argument(
         "--split", choices=["train", "val", "test"], default="", help="(default: val, or what it is called)"
@@ -54,6 +55,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--throughput measures the model alone; accepted with it: neither --eval-set nor --report")
     if args.report and args.report.suffix not in ("", *REPORT_SUFFIXES) and not args.report.is_dir():
         parser.error(f"--report {args.report}: accepted: a folder, or a file named {', '.join(REPORT_SUFFIXES)}")
+    if not args.cfg and not (args.resume or args.pretrained):
+        parser.error("needs --cfg, or --resume with a checkpoint that knows its config")
     return args
 
 
@@ -61,14 +64,20 @@ if __name__ == "__main__":
     parse_first(parse_args)
 
 from engine.evaluate import EvalOptions, evaluate_run
+from engine.trained import own_config
 from logger import json_numbers
 from models import idle_keys
+from runtime.checkpoint import read_checkpoint
 from runtime.distributed import close_world, init_world, lost_processes_named
 
 
 def main() -> None:
     args = parse_args()
-    config, notes = get_config(args, idle_keys)
+    own = None
+    if not args.cfg:
+        path = Path(args.resume or args.pretrained)
+        own = own_config(read_checkpoint(path), path)
+    config, notes = get_config(args, idle_keys, own)
     world = init_world(config.DEVICE, args.local_rank)
     with lost_processes_named():
         options = EvalOptions(args.split, args.eval_set, args.real_labels, args.report)

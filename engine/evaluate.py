@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from config import EMA
 from data import (
     Sample,
     Sources,
@@ -288,7 +289,7 @@ def evaluate_run(
             data = match_classes(config, data, named_classes(content), path)
         config = with_class_count(config, data.source)
     else:
-        config = with_classes_of(config, content, path)
+        config = with_classes_of(config, content, path, EMA[config.MODEL.LOAD_EMA])
         count = config.MODEL.NUM_CLASSES
         data = build_eval_set(
             config, world, options.eval_set, named_classes(content, count), count, path, options.real_labels
@@ -305,8 +306,8 @@ def evaluate_run(
         logger.info(f"throughput {speed:.1f} images/s per process at batch {len(images)}, {amp}")
         return {**about, "images_per_second": speed, "batch": len(images)}
 
-    loaded = load_weights(model, content, path)
-    for line in (f"weights from {path}", *loaded.notes(model)):
+    loaded = load_weights(model, content, path, ema=EMA[config.MODEL.LOAD_EMA])
+    for line in (f"weights from {path}: {loaded.taken}", *loaded.notes(model)):
         logger.info(line)
     if sources and other_classes(content, loader.dataset.classes):
         message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"
@@ -338,7 +339,7 @@ def plain_sources(config, world: World, split: str) -> Sources:
     return Sources(None, build_split(config, world, split)) if split else build_sources(config, world, train=False)
 
 
-def with_classes_of(config, content: Mapping, path: Path, ema: bool = True) -> CfgNode:
+def with_classes_of(config, content: Mapping, path: Path, ema: bool | None) -> CfgNode:
     """The config with MODEL.NUM_CLASSES, if it leaves that open, as in the classifier of a checkpoint; frozen.
 
     Raises:

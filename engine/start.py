@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from config import find, leaves
+from config import EMA, find, leaves
 from engine.state import TrainingState, lowest_of, stops_early
 from logger import ALL_RANKS
 from runtime.checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
@@ -72,7 +72,7 @@ def load_start(config, model: nn.Module, start: Start, classes: list[str], logge
         check_resume(config, start.content, start.path, classes)
         log_resume(config, start.content, start.path, logger)
     elif config.MODEL.PRETRAINED:
-        load_pretrained(model, config.MODEL.PRETRAINED, logger, classes)
+        load_pretrained(model, config.MODEL.PRETRAINED, logger, classes, EMA[config.MODEL.LOAD_EMA])
     elif config.TRAIN.FREEZE != "none" or config.TRAIN.LAYER_DECAY < 1:
         message = "TRAIN.FREEZE or TRAIN.LAYER_DECAY is set, but the weights are random; --pretrained names others"
         logger.warning(message, extra=ALL_RANKS)
@@ -129,6 +129,6 @@ def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> N
     before, now = content["config"], leaves(config)
     # Keys that only newer, or only older, configs have did not change what the run does.
     for key in sorted(set(before) & set(now)):
-        if before[key] != now[key] and key not in ("MODEL.RESUME", "MODEL.PRETRAINED"):
+        if before[key] != now[key] and key not in ("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.LOAD_EMA"):
             message = f"changed since that checkpoint: {key} was {before[key]!r}, is {now[key]!r}"
             logger.warning(message, extra=ALL_RANKS)

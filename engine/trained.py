@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,16 +20,17 @@ from data.sources import Source
 from data.sources import class_names as class_names_of
 from data.transforms import build_transform
 from engine.evaluate import autocast, resolve_amp, with_classes_of
+from engine.timm_format import config_values
 from models import build_model
 from runtime.checkpoint import (
     CheckpointError,
-    find_weights,
     load_weights,
     named_classes,
     other_classes,
     read_checkpoint,
 )
 from runtime.distributed import World
+from runtime.weights import find_weights
 from utils import UserError, printable
 
 
@@ -88,11 +90,12 @@ def load_trained(args: argparse.Namespace) -> Trained:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
     """
     content = read_checkpoint(args.checkpoint)
-    ema = not args.no_ema
-    config = read_config(content, args.checkpoint, args.cfg, args.opts, ema)
-    config = with_classes_of(config, content, args.checkpoint, ema)
+    config = with_classes_of(
+        read_config(content, args.checkpoint, args.cfg, args.opts), content, args.checkpoint, args.ema
+    )
     model = build_model(config)
-    for note in load_weights(model, content, args.checkpoint, ema=ema).notes(model):
+    loaded = load_weights(model, content, args.checkpoint, ema=args.ema)
+    for note in (f"weights from {args.checkpoint}: {loaded.taken}", *loaded.notes(model)):
         print(f"note: {note}", file=sys.stderr)
     has_cuda = torch.cuda.is_available()
     if args.device == "cuda" and not has_cuda:
@@ -111,7 +114,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
     )
 
 
-def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str], ema: bool = True) -> CfgNode:
+def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str]) -> CfgNode:
     """The frozen config of --cfg, or else of the checkpoint, with `opts` on top.
 
     Raises:
@@ -119,14 +122,27 @@ def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[st
     """
     if cfg:
         return load_config(cfg, opts)[0]
+    return config_of(own_config(content, path), str(path), opts)
+
+
+def own_config(content: Mapping, path: Path) -> Mapping[str, Any]:
+    """The config of a checkpoint, by dotted keys: of ours, or of timm's `config.json` beside it.
+
+    Raises:
+        UserError: there is none, or it is not one of the weights in the checkpoint.
+    """
     values = content.get("config")
     if not isinstance(values, Mapping) or "MODEL.TYPE" not in values:
-        raise CheckpointError(
-            f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
-            "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
-        )
-    check_size(config_of(values, str(path)), find_weights(content, path, ema), path)
-    return config_of(values, str(path), opts)
+        if "timm" not in content:
+            raise CheckpointError(
+                f"{path}: does not say which model its weights are for, as released files do not; name its config, for "
+                "example --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+            )
+        values, notes = config_values(content["timm"], path)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    check_size(config_of(values, str(path)), find_weights(content, path).weights, path)
+    return values
 
 
 def check_size(config, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from dataclasses import fields
+from typing import Any
 
 import timm
 import torch
@@ -65,23 +66,31 @@ def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> Non
 
 
 def build_strip_mlp(config) -> StripMLP:
-    """`StripMLP` with the arguments of `MODEL.STRIP_MLP`: a field of `StripMixingOptions` is the key of its name."""
+    """`StripMLP` with the arguments of `MODEL.STRIP_MLP`."""
+    return StripMLP(
+        img_size=image_size(config),
+        num_classes=config.MODEL.NUM_CLASSES,
+        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+        **strip_mlp_arguments(config),
+    )
+
+
+def strip_mlp_arguments(config) -> dict[str, Any]:
+    """The arguments of `StripMLP` that `MODEL.STRIP_MLP` holds: a field of `StripMixingOptions` is the key of its
+    name."""
     keys = config.MODEL.STRIP_MLP
     options = {field.name: keys[field.name.upper()] for field in fields(StripMixingOptions)}
     options["patch_channels"] = keys.PATCH_CHANNELS or released_patch_channels(keys.EMBED_DIM)
-    return StripMLP(
-        img_size=image_size(config),
-        patch_size=keys.PATCH_SIZE,
-        in_chans=keys.IN_CHANS,
-        num_classes=config.MODEL.NUM_CLASSES,
-        embed_dim=keys.EMBED_DIM,
-        depths=keys.LAYERS,
-        alpha=keys.ALPHA,
-        multi_scale_shortcuts=keys.MULTI_SCALE_SHORTCUTS,
-        grn=keys.GRN,
-        drop_path_rate=config.MODEL.DROP_PATH_RATE,
+    return {
+        "patch_size": keys.PATCH_SIZE,
+        "in_chans": keys.IN_CHANS,
+        "embed_dim": keys.EMBED_DIM,
+        "depths": list(keys.LAYERS),
+        "alpha": keys.ALPHA,
+        "multi_scale_shortcuts": keys.MULTI_SCALE_SHORTCUTS,
+        "grn": keys.GRN,
         **options,
-    )
+    }
 
 
 def idle_keys(config) -> tuple[list[str], str]:

@@ -23,6 +23,7 @@ STRIP_MLP: Names = (
     ("head.weight", "head.fc.weight"),
     ("head.bias", "head.fc.bias"),
 )
+WRAPPED = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What follows the number of a block.
 STRIP_MLP_BLOCK: Names = (
     ("token_mixing.dwsc.conv_merge.BN.", "token_mixing.norm."),
@@ -78,7 +79,9 @@ def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tens
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes "module." (DistributedDataParallel) and "_orig_mod." (torch.compile)."""
+    """A state dict without the prefixes "module." (DistributedDataParallel) and "_orig_mod." (torch.compile), and
+    without what FSDP and activation checkpointing put between the parts of names."""
+    state_dict = {WRAPPED.sub("", name): value for name, value in state_dict.items()}
     # Twice, because timm 1.0.11 takes them off in one order only.
     return clean_state_dict(clean_state_dict(state_dict))
 

@@ -1,5 +1,5 @@
-"""Checkpoints: writing them so that an interruption leaves the previous one, finding weights in them, loading those
-into models. `untrusted.py` reads them.
+"""Checkpoints: writing them so that an interruption leaves the previous one, and loading their weights into models.
+`folders.py` and `untrusted.py` read them, `weights.py` finds the weights in them.
 
 Ours hold tensors and plain types; `engine/state.py` lists them. Released Strip-MLP and Swin-style files load too.
 """
@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from logging import Logger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import classifiers
-from models.released import strip_prefixes, to_our_names
+from runtime.folders import read_checkpoint
 from runtime.untrusted import (
     CheckpointError,
     DamagedCheckpointError,
     check_training_state,
     is_plain,
     legible,
-    read_checkpoint,
-    reason_of,
     some_keys,
 )
+from runtime.weights import converting, find_weights
 from utils import printable, shorten
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "DamagedCheckpointError",
     "Loaded",
     "classifier_names",
-    "convert_weights",
     "count_classes",
     "find_weights",
     "load_pretrained",
@@ -126,41 +124,6 @@ def save_safetensors(weights: Mapping[str, Tensor], path: Path, config: Mapping,
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
 
-def find_weights(content: Mapping, path: str | Path, ema: bool = True) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: under "model" or "state_dict", or the checkpoint itself; without the prefixes
-    that DistributedDataParallel and torch.compile add.
-
-    Args:
-        ema: whether to take the moving average of the weights ("model_ema", "state_dict_ema") if there is one.
-    """
-    averages = ("model_ema", "state_dict_ema") if ema else ()
-    for key in (*averages, "model", "state_dict"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise CheckpointError(f"{path}: holds no weights; its keys: {some_keys(content)}")
-    return strip_prefixes(content)
-
-
-@contextlib.contextmanager
-def _converting(model: nn.Module, path: str | Path) -> Iterator[None]:
-    """Inside, every exception becomes a CheckpointError: conversions expect files of their own kind."""
-    try:
-        yield
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: does not fit the model of the config ({type(model).__name__}): its weights cannot be converted: "
-            f"{reason_of(error)}"
-        ) from error
-
-
-def convert_weights(weights: dict[str, Tensor], model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """The weights of the file `path` under the model's own names, for images of whatever size."""
-    with _converting(model, path):
-        return to_our_names(weights, model)
-
-
 def classifier_names(model: nn.Module) -> list[str]:
     """Names of the classifier's parameters."""
     modules = classifiers(model)
@@ -187,16 +150,17 @@ def other_classes(content: Mapping, classes: Sequence[str]) -> bool:
     return isinstance(theirs, list) and bool(theirs) and bool(classes) and theirs != list(classes)
 
 
-def count_classes(model: nn.Module, content: Mapping, path: str | Path, ema: bool = True) -> int:
+def count_classes(model: nn.Module, content: Mapping, path: str | Path, ema: bool | None = None) -> int:
     """How many classes the classifier in a checkpoint has.
 
     Args:
         model: of that kind, with a classifier for any number of classes.
+        ema: see `find_weights`.
 
     Raises:
         CheckpointError: it has no weights, or no classifier.
     """
-    weights = convert_weights(find_weights(content, path, ema), model, path)
+    weights = find_weights(content, path, ema, model).weights
     for name in classifier_names(model):
         if name in weights and weights[name].ndim:
             return len(weights[name])
@@ -210,10 +174,12 @@ class Loaded(NamedTuple):
     Attributes:
         fresh: names of the classifier's parameters, if it keeps its new initialisation.
         img_size: the (height, width) that the weights were made for, if they were resampled.
+        taken: which weights of the checkpoint, for the log.
     """
 
     fresh: list[str]
     img_size: tuple[int, int] | None
+    taken: str
 
     def notes(self, model: nn.Module) -> list[str]:
         """For the log."""
@@ -233,7 +199,7 @@ def load_weights(
     content: Mapping,
     path: str | Path,
     new_classifier: bool = False,
-    ema: bool = True,
+    ema: bool | None = None,
     same_size: bool = False,
     classes: Sequence[str] | None = None,
 ) -> Loaded:
@@ -251,10 +217,10 @@ def load_weights(
     Raises:
         CheckpointError: listing the keys that are missing, not known, of another shape, or not finite.
     """
-    weights = convert_weights(find_weights(content, path, ema), model, path)
+    weights, taken = find_weights(content, path, ema, model)
     img_size = None
     if hasattr(model, "resample"):
-        with _converting(model, path):
+        with converting(model, path):
             size = model.input_size_of(weights)
             img_size = size if size != model.img_size else None
             weights = weights if same_size else model.resample(weights)
@@ -296,14 +262,20 @@ def load_weights(
     if broken:
         raise CheckpointError(f"{path}: not all of its weights are finite numbers: {shorten(broken)}")
     model.load_state_dict(weights, strict=not fresh)
-    return Loaded(fresh, img_size)
+    return Loaded(fresh, img_size, taken)
 
 
-def load_pretrained(model: nn.Module, path: str | Path, logger: Logger, classes: Sequence[str] | None = None) -> None:
+def load_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    logger: Logger,
+    classes: Sequence[str] | None = None,
+    ema: bool | None = None,
+) -> None:
     """Loads weights to fine-tune from (`--pretrained`). A classifier for other classes than `classes` starts anew, and
     weights for another image size are resampled; the log says so."""
-    loaded = load_weights(model, read_checkpoint(path), path, new_classifier=True, classes=classes)
-    for line in (f"pretrained weights from {path}", *loaded.notes(model)):
+    loaded = load_weights(model, read_checkpoint(path), path, new_classifier=True, ema=ema, classes=classes)
+    for line in (f"pretrained weights from {path}: {loaded.taken}", *loaded.notes(model)):
         logger.info(line)
 
 

@@ -1,6 +1,6 @@
 """Reading files that nobody vouches for: checkpoints from strangers, and those that a crash or a bad disk has damaged.
 
-What is promised of `read_checkpoint`, `check_training_state` and `check_optimizer_state`:
+What is promised of `read_file` and the other readers here, of `check_training_state` and of `check_optimizer_state`:
 
 - No code of the file runs. `torch.load` is called with `weights_only=True`; a pickle that asks for anything but tensors
   and plain types is refused.
@@ -12,6 +12,7 @@ What is promised of `read_checkpoint`, `check_training_state` and `check_optimiz
 - Everything else is a `CheckpointError`, with the file's name and in printable characters.
 """
 
+import contextlib
 import errno
 import io
 import itertools
@@ -21,9 +22,9 @@ import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import torch
@@ -65,23 +66,101 @@ class DamagedCheckpointError(CheckpointError):
     """A file that is cut off, changed, or no checkpoint at all."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU: loaded with `weights_only=True`, or a safetensors file.
+# Read as dictionaries, which they are: the configs of Swin-style files, the options of timm's train.py and others, and
+# Lightning's hyperparameters. An argparse.Namespace comes back empty, since `_bare` drops attributes.
+_DICTIONARIES = (
+    "yacs.config.CfgNode",
+    "argparse.Namespace",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint in one file, on the CPU: loaded with `weights_only=True`, or a safetensors file.
 
     Raises:
         DamagedCheckpointError: cut off, changed, or no checkpoint at all.
         CheckpointError: no such file, or a file that is refused (see the module's docstring).
     """
-    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
-    try:
+    with refusals(path):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        _check_archive(path)
-        # Swin-style files carry their config as a yacs node: a dict, so it can be read as one.
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
-            content = _bare(torch.load(path, map_location="cpu", weights_only=True), {})
+        with open(path, "rb") as file:
+            content = _load(file, path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
+    return content
+
+
+def read_part(data: bytes, path: Path) -> Any:
+    """What `torch.save` wrote into a part of the file `path`: see `read_file`."""
+    with refusals(path):
+        return _load(io.BytesIO(data), path)
+
+
+def read_records(path: Path) -> Any:
+    """The content of a pickle that describes the files of `torch.distributed.checkpoint`, where each object is a
+    `Record`. None of the classes that it names is used.
+
+    Raises:
+        CheckpointError: as of `read_file`; a pickle that names anything else.
+    """
+    with refusals(path):
+        with open(path, "rb") as file:
+            data = file.read(MOST_PICKLE_BYTES + 1)
+        if len(data) > MOST_PICKLE_BYTES:
+            raise CheckpointError(f"{path}: refused: it is longer than {MOST_PICKLE_BYTES:,} bytes")
+        _check_pickle(io.BytesIO(data), path)
+        return _RecordUnpickler(io.BytesIO(data)).load()
+
+
+class Record:
+    """An object of a class that is not to be trusted: what its pickle says of it.
+
+    Attributes:
+        state: its attributes by name, or whatever its class would have made of itself.
+    """
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str) -> Any:
+        """The attribute of that name, or None."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+def _size(numbers: Iterable = ()) -> tuple:
+    return tuple(numbers)
+
+
+class _RecordUnpickler(pickle.Unpickler):
+    """The standard library's way to restrict a pickle: every name in it is looked up here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return _size
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        described = module.startswith("torch.distributed.") or (module, name) == ("torch.serialization", "_get_layout")
+        # Of an enum, some versions of Python store a call of getattr. A record does not make it.
+        if described or module in ("pathlib", "pathlib._local") or (module, name) == ("builtins", "getattr"):
+            return Record
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Inside, every exception becomes a `CheckpointError` that names the file `path`."""
+    try:
+        yield
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -100,9 +179,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if passing or "can't allocate memory" in str(error):
             raise CheckpointError(f"{path}: cannot be read: {reason_of(error)}") from error
         raise DamagedCheckpointError(f"{path}: not a checkpoint, or damaged: {reason_of(error)}") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; accepted: a dictionary")
-    return content
+
+
+def _load(file: IO[bytes], path: Path) -> Any:
+    _check_archive(file, path)
+    file.seek(0)
+    with torch.serialization.safe_globals([(OrderedDict, name) for name in _DICTIONARIES]):
+        return _bare(torch.load(file, map_location="cpu", weights_only=True), {})
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -114,18 +197,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"model": weights, **known}
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(file: IO[bytes], path: Path) -> None:
     """Checks what torch.load does not: checksums (it loads changed tensors silently), and sizes that a small file may
     claim."""
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # as PyTorch tells
-        if not zipped:  # the format before PyTorch 1.6, which begins with five pickles; or no checkpoint
-            file.seek(0)
-            start = io.BytesIO(file.read(MOST_PICKLE_BYTES))
-            for _ in range(5):
-                _check_pickle(start, path)
-            return
-    with zipfile.ZipFile(path) as archive:
+    zipped = file.read(4) == b"PK\x03\x04"  # as PyTorch tells
+    file.seek(0)
+    if not zipped:  # the format before PyTorch 1.6, which begins with five pickles; or no checkpoint
+        start = io.BytesIO(file.read(MOST_PICKLE_BYTES))
+        for _ in range(5):
+            _check_pickle(start, path)
+        return
+    with zipfile.ZipFile(file) as archive:
+        if any(name.lower().endswith("/constants.pkl") for name in archive.namelist()):
+            raise CheckpointError(f"{path}: is a TorchScript program; accepted: weights, as torch.save stores them")
         sizes: dict[str, int] = {}
         for entry in archive.infolist():
             name = entry.filename.lower()  # PyTorch's reader ignores case
@@ -171,6 +255,9 @@ def _check_pickle(file: io.BytesIO, path: Path, folder: str = "", sizes: dict[st
             continue
         if name in ("BINGET", "LONG_BINGET"):
             stack.append(memo.get(argument, (0, None)))
+            continue
+        if name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
             continue
         if name == "MARK":
             marks.append(len(stack))

@@ -223,7 +223,8 @@ def load_backbone(detector: nn.Module, model: str, size: tuple[int, int], path: 
     """
     # Loaded into the whole classifier first, so that a missing entry is noticed.
     classifier = timm.create_model(model, img_size=size)
-    load_weights(classifier, read_checkpoint(path), path, new_classifier=True)
+    loaded = load_weights(classifier, read_checkpoint(path), path, new_classifier=True)
+    print(f"weights from {path}: {loaded.taken}", file=sys.stderr)
     weights = classifier.state_dict()
     body = detector.backbone.body.model
     body.load_state_dict({name: weights[name] for name in body.state_dict()})

@@ -68,7 +68,7 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     indices = choose_images(source, args.images, args.seed)
     evaluate(subjects, source, indices, conditions, args.seed)
-    about = report.describe(subjects, source, len(indices), args.seed, ema=not args.no_ema)
+    about = report.describe(subjects, source, len(indices), args.seed, ema=args.ema)
     with matplotlib.rc_context(STYLE):
         save(
             args.output,

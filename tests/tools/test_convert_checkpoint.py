@@ -58,13 +58,13 @@ def test_stripped(tmp_path, suffix):
     content = read_checkpoint(first)
     assert set(content) == {"model", "config", "classes"} and content["classes"] == ["ape", "bee", "cow"]
     assert content["config"]["MODEL.STRIP_MLP.EMBED_DIM"] == 8
-    torch.testing.assert_close(find_weights(content, first), weights, rtol=0, atol=0)
+    torch.testing.assert_close(find_weights(content, first).weights, weights, rtol=0, atol=0)
     assert first.stat().st_size < (tmp_path / "best.pth").stat().st_size - 300_000
     checksum = hashlib.sha256(first.read_bytes()).hexdigest()
     assert result.stdout.splitlines()[-1] == f"{checksum}  {first}"
     assert "3 classes" in result.stdout and "32 x 32" in result.stdout
     python(TOOL, first, second)
-    assert find_weights(read_checkpoint(second), second).keys() == weights.keys()
+    assert find_weights(read_checkpoint(second), second).weights.keys() == weights.keys()
     if suffix == ".safetensors":
         torch.testing.assert_close(load_file(second), weights, rtol=0, atol=0)
 

@@ -290,7 +290,7 @@ def test_pretrained_with_other_classes_starts_only_the_classifier_anew(tmp_path,
     fresh = {name: copies(model.state_dict())[name] for name in head}
     load_pretrained(model, path, log[0])
     assert_same_weights(model, {**source, **fresh})
-    assert log[1][0] == f"pretrained weights from {path}"
+    assert log[1][0] == f"pretrained weights from {path}: model"
     for part in (*head, "5 classes"):
         assert part in log[1][1]
 

@@ -514,6 +514,8 @@ def test_precedence(write, highest):
         (["--cache-mode", "part"], "DATA.CACHE_MODE", "part"),
         (["--pretrained", "a.pth"], "MODEL.PRETRAINED", "a.pth"),
         (["--resume", "b.pth"], "MODEL.RESUME", "b.pth"),
+        (["--ema"], "MODEL.LOAD_EMA", "on"),
+        (["--no-ema"], "MODEL.LOAD_EMA", "off"),
         (["--accumulation-steps", "3"], "TRAIN.ACCUMULATION_STEPS", 3),
         (["--use-checkpoint"], "TRAIN.USE_CHECKPOINT", True),
         (["--amp", "bfloat16"], "AMP", "bfloat16"),

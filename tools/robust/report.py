@@ -86,12 +86,12 @@ def as_markdown(subjects: Sequence[Subject], about: dict[str, Any]) -> str:
     return text + f"\n## Accuracy by class on the clean images, %{which}\n\n" + markdown(("class", *names), rows)
 
 
-def describe(subjects: Sequence[Subject], source: Source, asked: int, seed: int, ema: bool) -> dict[str, Any]:
+def describe(subjects: Sequence[Subject], source: Source, asked: int, seed: int, ema: bool | None) -> dict[str, Any]:
     """Settings and versions.
 
     Args:
         asked: for how many images.
-        ema: whether the weights are the moving average, if there is one.
+        ema: what --ema asks for.
     """
     first = subjects[0]
     read = int(first.clean.bins[0].sum())
@@ -120,13 +120,13 @@ def describe(subjects: Sequence[Subject], source: Source, asked: int, seed: int,
     }
 
 
-def describe_checkpoint(subject: Subject, ema: bool) -> dict[str, Any]:
+def describe_checkpoint(subject: Subject, ema: bool | None) -> dict[str, Any]:
     model, config = subject.model, subject.model.config
     return {
         "file": str(model.path),
         "sha256": hashlib.sha256(model.path.read_bytes()).hexdigest(),
         "model": config.MODEL.NAME,
-        "weights": "their moving average, if there is one" if ema else "themselves",
+        "weights": "their moving average, if there is one" if ema is not False else "themselves",
         "image_size": list(image_size(config)),
         "batch_size": config.DATA.BATCH_SIZE,
         "precision": precision_name(resolve_amp(config, model.device)),
