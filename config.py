@@ -52,6 +52,16 @@ def _are_weights(value: str) -> bool:
         return False
 
 
+def _is_range(value: str) -> bool:
+    """Whether DATA.PIXEL_RANGE is one of its words, or two numbers in order."""
+    try:
+        return value in ("auto", "file") or (
+            len(ends := [float(end) for end in value.split(",")]) == 2 and -1e300 < ends[0] < ends[1] < 1e300
+        )
+    except ValueError:
+        return False
+
+
 def _pair(size: int | list[int]) -> tuple[int, int]:
     """Height and width, of a square or of a rectangle."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -64,6 +74,9 @@ FOLDER_NAME: Limit = (
     lambda value: value not in ("", ".", "..") and not set(value) & set("/\\") and value.isprintable(),
     "a name for a folder, without slashes",
 )
+
+# Keys of words or numbers, which are kept as text with commas
+NUMBERS_AS_TEXT = ("TRAIN.CLASS_WEIGHTS", "DATA.PIXEL_RANGE")
 
 # What MODEL.LOAD_EMA stands for: see `runtime.weights.find_weights`.
 EMA = {"auto": None, "on": True, "off": False}
@@ -131,6 +144,12 @@ key("DATA.INTERPOLATION", "bicubic", one_of("bicubic", "bilinear", "nearest", "r
 key("DATA.SAMPLER", "uniform", one_of("uniform", "balanced"))
 # Classes to use: all, names separated by commas, or a .txt file with a name per line
 key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all, names, or a .txt file"))
+# What black and white are in image files of more than 8 bits per channel: LOW,HIGH; file: each file's smallest and
+# largest value; auto: 0 and 65535 in files of 16 bits, while those that would be nearly black, and files of 32 bits or
+# floating-point values, cannot be read.
+key("DATA.PIXEL_RANGE", "auto", (lambda value: _is_range(value), "auto, file, or LOW,HIGH with LOW less than HIGH"))
+# Turn photographs as their EXIF orientation says. The released models were trained and evaluated without.
+key("DATA.EXIF_ORIENTATION", False)
 # Training images to use of each class, drawn with SEED (of those that VAL_FRACTION leaves); 0: all
 key("DATA.IMAGES_PER_CLASS", 0, at_least(0))
 # Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
@@ -574,7 +593,7 @@ class _Merge:
             raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(default)}")
         section, _, name = key.rpartition(".")
         node = find(self.config, section.split(".")) if section else self.config
-        if key == "TRAIN.CLASS_WEIGHTS" and not isinstance(value, str):
+        if key in NUMBERS_AS_TEXT and not isinstance(value, str):
             value = ",".join(map(str, coerce(value, [0.0], f"{where}: {key}")))
         if key == "DATA.IMG_SIZE":
             node[name] = coerce_size(value, f"{where}: {key}")

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
+from data.build import note_on_orientation
 from data.loading import LoadingFailed
 from data.sources import describe_counts
 from engine.control import Control
@@ -350,7 +351,10 @@ def log_plan(
         f"peak lr {config.TRAIN.BASE_LR * scale:.3e} = {config.TRAIN.BASE_LR:g} x global batch / "
         f"{config.TRAIN.LR_REFERENCE_BATCH}; precision {precision_name(amp)}"
     )
-    logger.info(f"training images per class: {describe_counts(train_loader.dataset.source)}")
+    source = train_loader.dataset.source
+    logger.info(f"training images per class: {describe_counts(source)}")
+    if note := note_on_orientation(config, source):
+        logger.warning(note)
 
 
 def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Logger) -> None:

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from config import image_size
 from data.arrays import by_class
 from data.dataset import BalancedSampler, ClassificationDataset, EvalSampler, TrainSampler
+from data.decoding import build_decoder, count_turned
 from data.errors import DataError
 from data.hfds import hf_sources, hf_split
 from data.idx import IDX_DATASETS, idx_sources
@@ -60,6 +61,9 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
     _check_same_data(config, sources, world)
+    for source in sources:
+        if source:
+            source.decode_with(build_decoder(config))
     if train and val:
         _check_same_classes(config, sources.train.classes, sources.val.classes)
     return Sources(
@@ -84,6 +88,7 @@ def build_split(config, world: World, split: str) -> Source:
         return sources.train or sources.val
     source = _own_split(config, world, split)
     _check_same_data(config, Sources(*((source, None) if split == "train" else (None, source))), world)
+    source.decode_with(build_decoder(config))
     return select(source, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS if split == "train" else 0, config.SEED)
 
 
@@ -121,6 +126,7 @@ def build_class_folders(config, world: World) -> Source:
     root = _root(config)
     source = _class_folders(next((root / name for name in VALIDATION if (root / name).is_dir()), root), world)
     _check_same_data(config, Sources(None, source), world)
+    source.decode_with(build_decoder(config))
     return source
 
 
@@ -254,6 +260,18 @@ def _read_names(path: str) -> list[str]:
         return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"DATA.CLASSES is {path}, which cannot be read: {error}") from error
+
+
+def note_on_orientation(config, source: Source) -> str:
+    """How many image files ask to be turned, for the log; empty if none of those looked at does."""
+    turned, looked_at = count_turned(source.some_files())
+    if not turned:
+        return ""
+    done = "they are turned" if config.DATA.EXIF_ORIENTATION else "they are used as stored"
+    return (
+        f"{turned} of {looked_at} image files looked at have an EXIF orientation; {done} "
+        f"(DATA.EXIF_ORIENTATION is {config.DATA.EXIF_ORIENTATION})"
+    )
 
 
 def check_num_classes(config, source: Source) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data.arrays import by_class
-from data.errors import DataError
+from data.errors import DataError, UnreadableImage
 from data.sources import Source, class_names
 from utils import seed_all
 
@@ -52,6 +52,16 @@ class SourceDataset(Dataset):
     def name(self, index: int) -> str:
         """What a person would look for to find sample `index`: its path."""
         return self.source.name(index)
+
+    def reason(self, index: int) -> str:
+        """The name of a sample that could not be read, and why, by trying again."""
+        try:
+            self.source.load(index)
+        except UnreadableImage as error:
+            return str(error)  # it begins with the name
+        except OSError as error:
+            return f"{self.name(index)}: {error.strerror or error}"
+        return f"{self.name(index)}: it can be read now"
 
 
 class ClassificationDataset(SourceDataset):

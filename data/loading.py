@@ -48,7 +48,7 @@ class UnreadableFiles:
             self.count += 1
             if self.count <= MOST_NAMED_FILES:
                 more = "; further ones are only counted" if self.count == MOST_NAMED_FILES else ""
-                self.logger.warning(f"cannot be read as an image: {self.dataset.name(index)}{more}")
+                self.logger.warning(f"cannot be read as an image: {self.dataset.reason(index)}{more}")
 
     def too_many(self, count: int) -> bool:
         """Whether `count`, over all processes, is more than the config accepts."""

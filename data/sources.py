@@ -1,17 +1,18 @@
 """Where labelled images come from: folders, zip files, arrays. A source lists samples and loads one as a PIL image."""
 
-import io
+import contextlib
 import os
 import stat
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data.arrays import Strings
+from data.decoding import Decoder
 from data.errors import DataError, UnreadableImage
 from data.listing import list_folder
 from utils import printable, shorten
@@ -20,8 +21,6 @@ from utils import printable, shorten
 MOST_FILE_BYTES = 2**28
 # The largest label in a zip file's listing decides how many classes there are.
 MOST_CLASSES = 1_000_000
-# Accepted formats. Pillow goes by the content and not by the name, and would run Ghostscript on PostScript.
-IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
 # What people call the images to validate on, in the order in which they are looked for
@@ -64,12 +63,20 @@ class Source(ABC):
     def cache(self, indices: Iterable[int]) -> None:
         """Keeps the samples `indices` in memory, undecoded."""
 
+    def decode_with(self, decoder: Decoder) -> None:  # noqa: B027
+        """Has image files decoded so. Sources of arrays have none."""
+
+    def some_files(self) -> Iterator[bytes]:
+        """Up to 1,000 of the encoded files, spread over the samples; none if there are no files."""
+        return iter(())
+
 
 class FileSource(Source):
     """A source of encoded files, which `read` gives as bytes."""
 
     def __init__(self) -> None:
         self._cached: dict[int, bytes] = {}
+        self._decoder = Decoder()
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -84,7 +91,15 @@ class FileSource(Source):
 
     def load(self, index: int) -> Image.Image:
         encoded = self._cached.get(index)
-        return decode(self.read(index) if encoded is None else encoded, self.name(index))
+        return self._decoder(self.read(index) if encoded is None else encoded, self.name(index))
+
+    def decode_with(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def some_files(self) -> Iterator[bytes]:
+        for index in range(0, len(self), max(len(self) // 1000, 1)):
+            with contextlib.suppress(OSError):  # `load` will fail too, and be reported
+                yield self.read(index)
 
 
 class FolderSource(FileSource):
@@ -225,6 +240,12 @@ class SubsetSource(Source):
     def cache(self, indices: Iterable[int]) -> None:
         self._source.cache(self._indices[index] for index in indices)
 
+    def decode_with(self, decoder: Decoder) -> None:
+        self._source.decode_with(decoder)
+
+    def some_files(self) -> Iterator[bytes]:
+        return self._source.some_files()
+
 
 def read_file(path: str) -> bytes:
     """An image file, still encoded. Raises OSError."""
@@ -234,29 +255,6 @@ def read_file(path: str) -> bytes:
         raise UnreadableImage(f"{printable(path)}: no regular file of at most {MOST_FILE_BYTES} bytes")
     with open(path, "rb") as file:
         return file.read()
-
-
-def decode(encoded: bytes, name: str) -> Image.Image:
-    """An image file's content as RGB.
-
-    The first image of animated and multi-page files counts. Transparency is dropped. 16-bit grey keeps its upper 8
-    bits.
-
-    Args:
-        name: for the message.
-
-    Raises:
-        UnreadableImage: it is no image, or a damaged or too large one.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-            if image.mode.startswith("I"):  # 16 bits per pixel; Pillow would clip to 8
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:  # its own message would name the buffer
-        raise UnreadableImage(f"{name}: no image of a known format; accepted: {', '.join(IMAGE_FORMATS)}") from error
-    except Exception as error:  # decoders can raise anything on damaged or hostile bytes
-        raise UnreadableImage(f"{name}: {error}") from error
 
 
 def describe_counts(source: Source, most: int = 10) -> str:

@@ -64,8 +64,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
+from data.decoding import Decoder, build_decoder
 from data.listing import find_images
-from data.sources import decode, read_file
+from data.sources import read_file
 from engine.trained import Trained, load_trained
 from runtime.signals import ignore_signals
 
@@ -87,8 +88,8 @@ class Prediction:
 class ImageFiles(Dataset):
     """Image files, transformed: (path, pixels (3, S, S), "") or, of one that cannot be read, (path, None, reason)."""
 
-    def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor]):
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], Tensor], decoder: Decoder):
+        self.paths, self.transform, self.decoder = paths, transform, decoder
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,7 +97,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
         path = self.paths[index]
         try:
-            return path, self.transform(decode(read_file(path), printable(path))), ""
+            return path, self.transform(self.decoder(read_file(path), printable(path))), ""
         except OSError as error:
             # The system's errors come with a number, and their path not always printable.
             return path, None, f"{printable(path)}: {error.strerror}" if error.strerror else str(error)
@@ -132,7 +133,7 @@ def predict(
     trained: Trained, paths: Sequence[str], top_k: int = 5, batch_size: int = 64, workers: int = 0
 ) -> Iterator[Prediction]:
     """The `top_k` likeliest classes of each image file, in order."""
-    dataset = ImageFiles(paths, trained.transform)
+    dataset = ImageFiles(paths, trained.transform, build_decoder(trained.config))
     options = {"num_workers": workers, "worker_init_fn": ignore_signals}
     for batch in DataLoader(dataset, batch_size, collate_fn=list, **options):
         images = [pixels for _, pixels, _ in batch if pixels is not None]

@@ -90,8 +90,8 @@ class Data:
     def __init__(self, images: int):
         self.images = images
 
-    def name(self, index: int) -> str:
-        return f"file {index}"
+    def reason(self, index: int) -> str:
+        return f"file {index}: damaged"
 
     def __len__(self) -> int:
         return self.images
@@ -605,7 +605,7 @@ def test_metrics_and_modes():
     assert metrics["images_per_second"] == pytest.approx(12 / metrics["seconds"])
     assert 0 <= metrics["data_wait"] < 1
     assert 10 < metrics["memory_mb"] < 1e6
-    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (9, 10, 11)]
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}: damaged" for i in (9, 10, 11)]
 
 
 # Waiting for the device
@@ -701,7 +701,7 @@ def test_evaluation_by_hand(size, classes):
     assert found["unreadable_val"] == 2
     assert 0 < found["top1"] < 100
     assert found["val_images_per_second"] == pytest.approx(11 / found["val_seconds"])
-    assert log.of("WARNING") == [f"cannot be read as an image: file {i}" for i in (2, 10)]
+    assert log.of("WARNING") == [f"cannot be read as an image: file {i}: damaged" for i in (2, 10)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -35,7 +35,8 @@ from bench.options import CPU_BATCH, cores, parse_data_args
 from config import ConfigError, image_size, load_config
 from data import build_batch_transform, build_mixup, build_train_loader
 from data.dataset import Sample
-from data.sources import IMAGE_FORMATS, FolderSource, Source
+from data.decoding import IMAGE_FORMATS
+from data.sources import FolderSource, Source
 from data.transforms import SMALL_IMAGE, RandomResizedCrop, build_transform
 from engine.evaluate import autocast, resolve_amp
 from models import build_model, idle_keys

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.decoding import build_decoder
 from engine import trained
 from utils import UserError
 
@@ -95,7 +96,7 @@ def draw(args: argparse.Namespace) -> tuple[Figure]:
     wanted = find_class(args.label, model.classes)
     found = []
     for path in tqdm(args.images, desc="images", leave=False, dynamic_ncols=True, disable=None):
-        shown = model.transform(load_image(path))
+        shown = model.transform(load_image(path, build_decoder(model.config)))
         image = model.normalize(shown[None].to(model.device))
         with torch.no_grad():
             probabilities = model.model(image)[0].softmax(dim=0)

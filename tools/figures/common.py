@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.sources import decode, read_file
+from data.decoding import Decoder
+from data.sources import read_file
 from utils import UserError, printable
 
 WIDTH = 7.0  # of a figure over both columns of a paper, in inches
@@ -16,14 +17,14 @@ STYLE = {"font.size": 9, **dict.fromkeys(SIZES, 9), "text.parse_math": False, "a
 STYLE |= {"figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06}
 
 
-def load_image(path: Path) -> Image.Image:
+def load_image(path: Path, decoder: Decoder) -> Image.Image:
     """An RGB image.
 
     Raises:
         UserError: the file cannot be read as one.
     """
     try:
-        return decode(read_file(str(path)), printable(str(path)))
+        return decoder(read_file(str(path)), printable(str(path)))
     except OSError as error:
         raise UserError(f"{printable(str(path))}: cannot be read as an image: {error}") from error
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import models  # noqa: F401  (registers the variants with timm)
 from config import image_size
+from data.decoding import Decoder
 from engine import trained
 from runtime.distributed import init_world
 from utils import UserError
@@ -177,7 +178,7 @@ def find_images(folder: Path, count: int) -> list[Path]:
 def make_batches(subject: Subject, paths: Sequence[Path], args: argparse.Namespace) -> list[Tensor]:
     """The images of `paths`, or else Gaussian noise of mean 0 and variance 1, what normalised images have."""
     if paths:
-        images = [load_image(path) for path in paths]
+        images = [load_image(path, Decoder()) for path in paths]
         return [subject.preprocess(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.randn(args.count, 3, *subject.img_size, generator=generator)

@@ -1,0 +1,112 @@
+"""Encoded image files to RGB, 8 bits per channel: what black and white are, and which side is up."""
+
+import contextlib
+import io
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from data.errors import UnreadableImage
+
+# Accepted formats. Pillow goes by the content and not by the name, and would run Ghostscript on PostScript.
+IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
+
+# Values of 16 bits below it are taken for those of 12 bits or less in a wider type, as cameras and scanners write them.
+FULL_16_BITS = 4096
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """An image file's content as RGB.
+
+    The first image of animated and multi-page files counts. Transparency is dropped. Files of 8 bits per channel come
+    as they are; of others, `black` becomes 0 and `white` 255, and what lies beyond is cut off.
+
+    Attributes:
+        black, white: of images with more than 8 bits, if `range` is "given".
+        range: "given"; "file", the smallest and the largest value of each file; or "auto", 0 and 65,535 for 16 bits,
+            while files that would come out nearly black, and other types, are refused.
+        turn: whether to turn an image as its EXIF orientation says.
+    """
+
+    range: str = "auto"
+    black: float = 0.0
+    white: float = 65535.0
+    turn: bool = False
+
+    def __call__(self, encoded: bytes, name: str) -> Image.Image:
+        """
+        Args:
+            name: for the message.
+
+        Raises:
+            UnreadableImage: it is no image, or a damaged or too large one, or its range of values has to be named.
+        """
+        try:
+            with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+                halved = ";16" in str(image.tile)  # of colours with 16 bits, Pillow keeps the upper 8
+                if self.turn:
+                    image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits
+                    return Image.fromarray(self._scaled(np.asarray(image), image.mode)).convert("RGB")
+                image = image.convert("RGB")
+                if halved and 0 < (most := max(high for _, high in image.getextrema())) < FULL_16_BITS >> 8:
+                    raise UnreadableImage(
+                        f"{name}: the values of its 16-bit colours go up to about {most << 8} of 65535 only, and would "
+                        "be nearly black; accepted: colours of 8 bits, or of 16 bits that use the range"
+                    )
+                return image
+        except UnreadableImage:
+            raise
+        except UnidentifiedImageError as error:  # its own message would name the buffer
+            formats = ", ".join(IMAGE_FORMATS)
+            raise UnreadableImage(f"{name}: no image of a known format; accepted: {formats}") from error
+        except Exception as error:  # decoders can raise anything on damaged or hostile bytes
+            raise UnreadableImage(f"{name}: {error}") from error
+
+    def _scaled(self, values: np.ndarray, mode: str) -> np.ndarray:
+        """Values (H, W) of more than 8 bits as uint8."""
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite((low, high)).all():
+            raise ValueError("some of its pixel values are not finite numbers")
+        black, white = self.black, self.white
+        if self.range == "file":
+            black, white = low, max(high, low + 1e-12)
+        elif self.range == "auto":
+            if mode == "F" or low < 0 or high > 65535 or 0 < high < FULL_16_BITS:
+                kind = "floating-point" if mode == "F" else f"{values.dtype.itemsize * 8}-bit"
+                raise ValueError(
+                    f"its {kind} pixel values go from {low:.12g} to {high:.12g}, and nothing says which are "
+                    "black and white; set DATA.PIXEL_RANGE, for example to 0,4095 for 12 bits, or to file for each "
+                    "file's own range"
+                )
+            return (values.astype(np.uint16) >> 8).astype(np.uint8)
+        scaled = (values.astype(np.float64) - black) * (255 / (white - black))
+        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+def build_decoder(config) -> Decoder:
+    """The decoder of DATA.PIXEL_RANGE and DATA.EXIF_ORIENTATION."""
+    given, turn = config.DATA.PIXEL_RANGE, config.DATA.EXIF_ORIENTATION
+    if given in ("auto", "file"):
+        return Decoder(given, turn=turn)
+    black, white = map(float, given.split(","))
+    return Decoder("given", black, white, turn)
+
+
+def count_turned(files: Iterable[bytes], seconds: float = 0.5) -> tuple[int, int]:
+    """How many image files have an EXIF orientation other than upright, and how many were looked at in that time. Only
+    their headers are read."""
+    turned = looked_at = 0
+    deadline = time.perf_counter() + seconds
+    for encoded in files:
+        looked_at += 1
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            # What cannot be opened is reported when it is loaded.
+            turned += image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        if time.perf_counter() > deadline:
+            break
+    return turned, looked_at
