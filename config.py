@@ -133,6 +133,9 @@ key("DATA.EMNIST_SPLIT", "balanced", one_of("byclass", "bymerge", "balanced", "l
 # is the rest; the data's own validation (or test) images are not read.
 key("DATA.VAL_FRACTION", 0.0, LESS_THAN_1)
 key("DATA.VAL_SEED", 0, at_least(0))
+# FOLDS 2 or more: cross-validation. VAL_SEED cuts each class into as many parts; validation is part FOLD, from 0.
+key("DATA.FOLDS", 0, (lambda value: value == 0 or 2 <= value < float("inf"), "0, or 2 or more"))
+key("DATA.FOLD", 0, at_least(0))
 # Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
 key("DATA.BATCH_SIZE", 128, at_least(1))
 # Pixels, or [height, width]
@@ -150,7 +153,7 @@ key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all,
 key("DATA.PIXEL_RANGE", "auto", (lambda value: _is_range(value), "auto, file, or LOW,HIGH with LOW less than HIGH"))
 # Turn photographs as their EXIF orientation says. The released models were trained and evaluated without.
 key("DATA.EXIF_ORIENTATION", False)
-# Training images to use of each class, drawn with SEED (of those that VAL_FRACTION leaves); 0: all
+# Training images to use of each class, drawn with SEED (of those that VAL_FRACTION or FOLDS leave); 0: all
 key("DATA.IMAGES_PER_CLASS", 0, at_least(0))
 # Read train.zip and val.zip, listed in train_map.txt and val_map.txt, instead of folders.
 key("DATA.ZIP_MODE", False)
@@ -763,6 +766,11 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
             f"{says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; accepted: a warm-up shorter than the training, "
             "for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
         )
+    if config.DATA.FOLDS and config.DATA.VAL_FRACTION:
+        raise ConfigError(f"{says('DATA.FOLDS')} and {says('DATA.VAL_FRACTION')}; accepted: one of them")
+    if config.DATA.FOLD and config.DATA.FOLD >= config.DATA.FOLDS:
+        accepted = f"0 to {config.DATA.FOLDS - 1}" if config.DATA.FOLDS else "0, as there are no DATA.FOLDS"
+        raise ConfigError(f"{says('DATA.FOLD')}; accepted: {accepted}")
     if config.DATA.SAMPLER == "balanced" and config.TRAIN.CLASS_WEIGHTS == "balanced":
         raise ConfigError(
             f"{says('DATA.SAMPLER')} and {says('TRAIN.CLASS_WEIGHTS')}: small classes would count twice over; "

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
-from data.build import note_on_orientation
+from data.build import holds_out, note_on_orientation
 from data.loading import LoadingFailed
 from data.sources import describe_counts
 from engine.control import Control
@@ -143,7 +143,7 @@ def fit(
     if world.is_main:
         with writing_to(folder.path):
             save_config(config, folder.path)
-            if config.DATA.VAL_FRACTION:
+            if holds_out(config):
                 source = eval_loader.dataset.source
                 names = (f"{source.name(index)}\n" for index in range(len(source)))
                 write_keeping_old(folder.path / "held_out.txt", "".join(names))

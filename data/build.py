@@ -53,10 +53,9 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         DataError: the data is missing, empty, cannot be downloaded, other data on another machine, or training and
             validation have different classes.
     """
-    fraction = config.DATA.VAL_FRACTION
-    if fraction:
+    if holds_out(config):
         # The data's own validation images are not even looked for.
-        splits = hold_out(_splits(config, world, True, False)[True], fraction, config.DATA.VAL_SEED)
+        splits = hold_out(_splits(config, world, True, False)[True], config)
     else:
         splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
@@ -77,13 +76,13 @@ SPLIT_NAMES = {"train": ("train",), "val": tuple(name for name in VALIDATION if 
 
 
 def build_split(config, world: World, split: str) -> Source:
-    """One split: "train", "val" or "test". With DATA.VAL_FRACTION, "val" is what that holds out, "train" the rest, and
-    "test" the data's own.
+    """One split: "train", "val" or "test". With DATA.VAL_FRACTION or FOLDS, "val" is what that holds out, "train" the
+    rest, and "test" the data's own.
 
     Raises:
         DataError: see `build_sources`; or there is no such split, naming those that are there.
     """
-    if config.DATA.VAL_FRACTION and split != "test":
+    if holds_out(config) and split != "test":
         sources = build_sources(config, world, train=split == "train", val=split == "val")
         return sources.train or sources.val
     source = _own_split(config, world, split)
@@ -191,28 +190,39 @@ def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
     return _folders(config, world, train, val)
 
 
-def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
-    """A source in two parts of the same classes. True: for training; False: held out, for validation.
+def holds_out(config) -> bool:
+    """Whether validation images are taken from the training images."""
+    return bool(config.DATA.VAL_FRACTION or config.DATA.FOLDS)
 
-    Args:
-        fraction: of each class to hold out (`DATA.VAL_FRACTION`), rounded to the nearest count; at least one sample and
-            never all.
-        seed: with which they are drawn (`DATA.VAL_SEED`).
+
+def hold_out(source: Source, config) -> dict[bool, Source]:
+    """A source in two parts of the same classes. True: for training; False: held out, for validation. They are drawn
+    with `DATA.VAL_SEED`, class by class: `DATA.VAL_FRACTION`, rounded to the nearest count, at least one sample and
+    never all; or fold `DATA.FOLD` of `DATA.FOLDS`, whose sizes differ by one at most.
 
     Raises:
-        DataError: a class of a single sample.
+        DataError: a class of a single sample, or of fewer than there are folds.
     """
+    fraction, folds = config.DATA.VAL_FRACTION, config.DATA.FOLDS
     held = np.zeros(len(source), bool)
     of_class = by_class(source.targets, len(source.classes))
     for label, (name, indices) in enumerate(zip(source.classes, of_class, strict=True)):
+        if 0 < len(indices) < folds:
+            raise DataError(
+                f"DATA.FOLDS is {folds}, but the training data has {len(indices)} of {printable(name)}; "
+                f"accepted: 2 to {len(indices)}, or more images"
+            )
         if len(indices) == 1:
             raise DataError(
                 f"DATA.VAL_FRACTION is {fraction}, but the training data has 1 of {printable(name)}; "
                 "accepted: 2 of each class or more, one of them for validation"
             )
+        if not len(indices):  # EMNIST's letters have a class without images
+            continue
+        drawn = np.random.default_rng((config.DATA.VAL_SEED, label)).permutation(indices)
         count = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
-        if len(indices):  # EMNIST's letters have a class without images
-            held[np.random.default_rng((seed, label)).permutation(indices)[:count]] = True
+        # What is left over of each class goes to other folds, so that these are of equal size too.
+        held[drawn[(config.DATA.FOLD - label) % folds :: folds] if folds else drawn[:count]] = True
     return {
         True: SubsetSource(source, np.flatnonzero(~held), source.classes),
         False: SubsetSource(source, np.flatnonzero(held), source.classes),
@@ -407,7 +417,7 @@ def _split_folder(config, root: Path, is_train: bool) -> Path:
     there = {name: root / name for name in ("train", *VALIDATION) if (root / name).is_dir()}
     if is_train and "train" in there:
         return there["train"]
-    if is_train and config.DATA.VAL_FRACTION and not there:
+    if is_train and holds_out(config) and not there:
         return root  # class folders without a folder for each split
     names = () if is_train else [name for name in VALIDATION if name in there]
     if names:

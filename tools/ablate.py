@@ -4,6 +4,7 @@
     python tools/ablate.py 'configs/ablations/cifar100/table6_*.yaml' --data-path data_cifar --processes 8
     python tools/ablate.py configs/peers --data-path DATA --print > commands.txt    # for a scheduler
     python tools/ablate.py configs/peers --data-path DATA --report                  # tabulates what has been run
+    python tools/ablate.py configs/finetune/smlp_tiny_224.yaml --data-path DATA --folds 5      # cross-validation
 
 Takes config files, folders of them and globs. The base of a setting is the config that its BASE names, and is trained
 too, unless that is a fragment without a MODEL.NAME; a setting that is the same as its base is not trained twice. Each
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils import UserError, parse_first, run_entry_point, shorten, writing_to
 
-NAMED_BY_US = ("SEED", "OUTPUT", "TAG")
+NAMED_BY_US = ("SEED", "OUTPUT", "TAG", "DATA.FOLDS", "DATA.FOLD")
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,6 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML file, folder of them, or glob")
     parser.add_argument("--base", metavar="FILE", help="compare all with this config (default: what their BASE names)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument(
+        "--folds", type=int, metavar="N", help="cross-validation, instead of seeds: N runs, each holds out another part"
+    )
     parser.add_argument("--epochs", type=int, help="TRAIN.EPOCHS, with the warm-up shortened in proportion")
     parser.add_argument("--data-path", help="data set folder (DATA.DATA_PATH)")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="per run, under torchrun (default: 1)")
@@ -63,13 +67,15 @@ def parse_args() -> argparse.Namespace:
         parser.error("--opts takes pairs of a key and a value")
     for key in NAMED_BY_US:
         if key in args.opts[::2]:
-            parser.error(f"--opts {key}: chosen by this command; see --seeds and --output")
+            parser.error(f"--opts {key}: chosen by this command; see --seeds, --folds and --output")
     for flag, number in (("--epochs", args.epochs), ("--processes", args.processes)):
         if number is not None and number < 1:
             parser.error(f"{flag} {number}: accepted: 1 or more")
     if min(args.seeds) < 0:
         parser.error(f"--seeds {min(args.seeds)}: accepted: 0 or more")
-    args.seeds = list(dict.fromkeys(args.seeds))
+    if args.folds is not None and args.folds < 2:
+        parser.error(f"--folds {args.folds}: accepted: 2 or more")
+    args.seeds = list(range(args.folds)) if args.folds else list(dict.fromkeys(args.seeds))
     if args.output is None:
         first = Path(args.configs[0])
         name = (first if first.is_dir() else first.parent).resolve().name
@@ -99,7 +105,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHANGES_NOTHING = "changes nothing in the model"
 CHOOSE_IMAGES = (
     *("DATA.DATASET", "DATA.DATA_PATH", "DATA.EMNIST_SPLIT", "DATA.CLASSES", "DATA.ZIP_MODE"),
-    *("DATA.VAL_FRACTION", "DATA.VAL_SEED"),
+    *("DATA.VAL_FRACTION", "DATA.VAL_SEED", "DATA.FOLDS"),
 )
 SHAPES_THE_MODEL = ("MODEL.TYPE", "MODEL.NAME", "MODEL.STRIP_MLP.", "MODEL.DROP_PATH_RATE")
 
@@ -198,15 +204,16 @@ def base_of(path: Path, opts: Sequence[str] = ()) -> Path | None:
 
 
 def options_of(args: argparse.Namespace, path: Path) -> list[str]:
-    """--opts for main.py, without the seed. The warm-up keeps its share of the training.
+    """--opts for main.py, without the seed and the fold. The warm-up keeps its share of the training.
 
     Raises:
         ConfigError: the config cannot be used.
     """
+    opts = ["DATA.FOLDS", str(args.folds)] if args.folds else []
     if args.epochs is None:
-        return args.opts
+        return [*opts, *args.opts]
     config, _ = load_config(path, args.opts)
-    opts = ["TRAIN.EPOCHS", str(args.epochs)]
+    opts += ["TRAIN.EPOCHS", str(args.epochs)]
     if "TRAIN.WARMUP_EPOCHS" not in args.opts[::2]:
         warmup = min(round(config.TRAIN.WARMUP_EPOCHS * args.epochs / config.TRAIN.EPOCHS), args.epochs - 1)
         opts += ["TRAIN.WARMUP_EPOCHS", str(warmup)]
@@ -303,11 +310,18 @@ def command(setting: Setting, seed: int, args: argparse.Namespace) -> list[str]:
     words = [*launcher, os.path.relpath(ROOT / "main.py"), "--cfg", str(setting.path), "--output", str(args.output)]
     words += ["--tag", tag(setting, seed)]
     words += ["--data-path", args.data_path] if args.data_path else []
-    return [*words, "--opts", *options_of(args, setting.path), "SEED", str(seed)]
+    which = ["DATA.FOLD", str(seed)] if args.folds else ["SEED", str(seed)]
+    return [*words, "--opts", *options_of(args, setting.path), *which]
 
 
 def tag(setting: Setting, seed: int) -> str:
-    return f"{setting.name}_seed{seed}"
+    return f"{setting.name}_{repetition(setting)}{seed}"
+
+
+def repetition(setting: Setting) -> str:
+    """What the runs of a setting differ in: "seed", or "fold" in cross-validation, whose number then stands wherever
+    there is a seed here."""
+    return "fold" if setting.values.get("DATA.FOLDS") else "seed"
 
 
 def folder_of(setting: Setting, seed: int) -> Path:
@@ -333,6 +347,8 @@ def look(setting: Setting, seed: int, processes: int | None = None) -> None:
     if processes is not None and run.processes is not None:
         found["processes"], wanted["processes"] = run.processes, processes
     wanted.pop("MODEL.NUM_CLASSES")  # comes from the data
+    if wanted["DATA.FOLDS"]:
+        wanted["DATA.FOLD"] = seed
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
@@ -443,12 +459,15 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
     done = sum(run.finished for setting in settings for run in setting.runs.values())
     print(f"{len(todo)} runs to train, {done} finished before", flush=True)
     if todo:
-        print(f"what they print: {args.output}/<MODEL.NAME>/<config>_seed<N>.console.txt", flush=True)
+        word = repetition(todo[0][0])
+        print(f"what they print: {args.output}/<MODEL.NAME>/<config>_{word}<N>.console.txt", flush=True)
     with Launcher(torchrun=args.processes > 1) as launcher:
         for number, (setting, seed) in enumerate(todo, start=1):
             was_there = setting.runs.get(seed)
             going_on = f", goes on after {was_there.epochs} epochs" if was_there and was_there.epochs else ""
-            print(f"[{number}/{len(todo)}] {setting.name} seed {seed}{going_on}", end=" ... ", flush=True)
+            print(
+                f"[{number}/{len(todo)}] {setting.name} {repetition(setting)} {seed}{going_on}", end=" ... ", flush=True
+            )
             started = time.monotonic()
             console = console_of(setting, seed)
             try:
@@ -483,6 +502,7 @@ TITLES = (
 
 def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | bytes | Figure]:
     """The files to write, by name."""
+    word = repetition(settings[0])
     test_notes = compare_with_bases(settings)
     rows, numbers = [], []
     for setting in settings:
@@ -517,7 +537,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     columns = (
         "setting",
         "changes",
-        "seeds",
+        f"{word}s",
         "status",
         "top1",
         "top1_std",
@@ -529,12 +549,17 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
     )
     columns += ("val_loss_std", "parameters", "macs", "images_per_second")
     notes = [
-        "Top-1, best (of all epochs) and validation loss: mean ± sample standard deviation over the seeds.",
+        f"Top-1, best (of all epochs) and validation loss: mean ± sample standard deviation over the {word}s.",
+        *(["Cross-validation: each fold has validation images of its own. No test."] if word == "fold" else []),
         *test_notes,
         *conditions(settings),
         *problems(settings, seeds),
     ]
-    text = markdown(TITLES, rows) + "".join(f"\n- {note}" for note in notes) + "\n"
+    text = (
+        markdown([f"{word}s" if title == "seeds" else title for title in TITLES], rows)
+        + "".join(f"\n- {note}" for note in notes)
+        + "\n"
+    )
     per_run = []
     for setting in settings:
         for seed in () if setting.same_as_base else seeds:
@@ -542,7 +567,7 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
             measured = (run.last, run.best, run.loss, run.speed, run.seconds)
             status, why = state(setting, seed)
             per_run.append((setting.name, seed, status, run.epochs, *measured, why))
-    run_columns = ("setting", "seed", "status", "epochs", "top1", "best", "val_loss", "images_per_second", "seconds")
+    run_columns = ("setting", word, "status", "epochs", "top1", "best", "val_loss", "images_per_second", "seconds")
     run_columns += ("remark",)
     return {
         "ablation.md": text,
@@ -583,6 +608,8 @@ def compare_with_bases(settings: Sequence[Setting]) -> list[str]:
             except UserError as error:
                 failed.append(f"not tested: {error}")
     for base in dict.fromkeys(setting.base for setting in settings if setting.base):
+        if base.values.get("DATA.FOLDS"):
+            continue  # each fold has images of its own
         for setting in (s for s in settings if s.base is base and s.correct and base.results):
             try:
                 check_same_images(setting)
@@ -650,7 +677,7 @@ def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
                 status, why = state(setting, seed)
                 if status != "finished":
                     status = "FAILED:" if status == "failed" else status
-                    found.append(f"{setting.name} seed {seed}: {status} {why}".strip())
+                    found.append(f"{setting.name} {repetition(setting)} {seed}: {status} {why}".strip())
     return found
 
 
@@ -700,7 +727,7 @@ def draw(settings: Sequence[Setting]) -> Figure:
         axes.set_ylim(len(members) - 0.5, -0.5)
         axes.grid(alpha=0.3, axis="x")
     panels[-1].set_xlabel(
-        "Top-1 after the last epoch (%): mean ± standard deviation over seeds; small dots: runs\n"
+        f"Top-1 after the last epoch (%): mean ± standard deviation over {repetition(settings[0])}s; small dots: runs\n"
         "orange: the base; grey: settings that are the same"
     )
     if tested:

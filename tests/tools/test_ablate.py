@@ -54,7 +54,15 @@ def configs(tmp_path):
 
 def arguments(*configs, **kwargs) -> Namespace:
     """A parsed command line."""
-    defaults = {"base": None, "seeds": [0], "epochs": None, "data_path": None, "processes": 1, "opts": []}
+    defaults = {
+        "base": None,
+        "seeds": [0],
+        "folds": None,
+        "epochs": None,
+        "data_path": None,
+        "processes": 1,
+        "opts": [],
+    }
     defaults |= {"output": Path("out"), "configs": [str(path) for path in configs]}
     return Namespace(**{**defaults, **kwargs})
 
@@ -347,6 +355,29 @@ def test_settings_are_tested_against_their_base(configs, tmp_path):
     found = read_results(tmp_path / CORRECT)
     assert found.keys() == {"base", "worse", "undecided", "once", "images"} and list(found["once"]) == [3]
     assert compare(found["worse"], found["base"]).p == float(rows["worse"]["p"])
+
+
+def test_cross_validation(configs, tmp_path):
+    """Folds take the place of seeds: in the commands, the folders and the table, which has no test."""
+    folder = configs(a=setting(), b=setting("STRIP_WIDTH: 5"))
+    args = arguments(folder, folds=3, seeds=[0, 1, 2], output=tmp_path / "out")
+    settings = load_settings(args)
+    for chosen in settings:
+        if chosen.same_as_base:
+            continue
+        for fold in args.seeds:
+            opts = ["DATA.FOLDS", "3", "DATA.FOLD", str(fold)]
+            write_run(chosen, fold, 50.0 + fold, args.output, *opts, correct=np.arange(4 + fold) < 2)
+            ablate.look(chosen, fold, 1)
+    words = ablate.command(settings[0], 2, args)
+    assert words[words.index("--tag") + 1].endswith("_fold2")
+    assert words[-4:] == ["DATA.FOLDS", "3", "DATA.FOLD", "2"]
+    assert not problems(settings, args.seeds)
+    files = report(settings, args.seeds)
+    assert "3 of 3" in files["ablation.md"] and "| folds " in files["ablation.md"]
+    assert "over the folds" in files["ablation.md"] and "undecided" not in files["ablation.md"]
+    assert "51.00 ± 1.00" in files["ablation.md"]
+    assert files["runs.csv"].startswith("setting,fold,")
 
 
 def test_results_on_other_images_are_not_compared(configs, tmp_path):

@@ -438,7 +438,7 @@ def test_hold_out_is_the_same_on_every_machine():
 def test_hold_out_counts(fraction, counts):
     targets = [0] * 2 + [1] * 4 + [3] * 20
     source = ArraySource(np.zeros((26, 4, 4), np.uint8), targets, list("abcd"), "noise")
-    parts = hold_out(source, fraction, 0)
+    parts = hold_out(source, config_with(DATA__VAL_FRACTION=fraction))
     assert np.bincount(parts[False].targets, minlength=4).tolist() == [*counts[:2], 0, counts[2]]
     assert len(parts[True]) + len(parts[False]) == 26
 
@@ -446,7 +446,31 @@ def test_hold_out_counts(fraction, counts):
 def test_hold_out_of_a_class_of_one_image():
     source = ArraySource(np.zeros((3, 4, 4), np.uint8), [0, 0, 1], ["many", "one"], "noise")
     with pytest.raises(DataError, match=r"DATA\.VAL_FRACTION is 0\.5, but the training data has 1 of one; accepted: 2"):
-        hold_out(source, 0.5, 0)
+        hold_out(source, config_with(DATA__VAL_FRACTION=0.5))
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds(training_data, folds):
+    """Each image is held out once, and of each class as many in each fold, give or take one."""
+    whole = build_sources(with_values(training_data, DATA__VAL_FRACTION=0.0), world(), val=False).train
+    parts = []
+    for fold in range(folds):
+        values = {"DATA__VAL_FRACTION": 0.0, "DATA__FOLDS": folds, "DATA__FOLD": fold}
+        sources, train, val = held_out(training_data, **values)
+        assert not {*train} & {*val} and len(train) + len(val) == len(whole)
+        parts.append((val, np.bincount(sources.val.targets, minlength=len(whole.classes))))
+    assert sorted(name for val, _ in parts for name in val) == sorted(whole.name(i) for i in range(len(whole)))
+    counts = np.array([count for _, count in parts])
+    assert (counts.max(0) - counts.min(0)).max() <= 1 and counts.min() > 0
+    assert held_out(training_data, **values, DATA__VAL_SEED=1)[2] != val
+
+
+def test_folds_are_of_equal_size():
+    source = ArraySource(np.zeros((40, 4, 4), np.uint8), np.repeat(range(10), 4), list("abcdefghij"), "noise")
+    sizes = [len(hold_out(source, config_with(DATA__FOLDS=3, DATA__FOLD=fold))[False]) for fold in range(3)]
+    assert sum(sizes) == 40 and max(sizes) - min(sizes) <= 1
+    with pytest.raises(DataError, match=r"DATA\.FOLDS is 5, but the training data has 4 of a; accepted: 2 to 4"):
+        hold_out(source, config_with(DATA__FOLDS=5))
 
 
 def test_images_per_class_are_of_what_is_left():
