@@ -224,8 +224,13 @@ key("TRAIN.FREEZE", "none")
 # warm-up); 0: no average. It is evaluated beside the weights, and whoever uses a checkpoint gets it.
 key("TRAIN.EMA_DECAY", 0.0, LESS_THAN_1)
 
-# adamw or sgd
-key("TRAIN.OPTIMIZER.NAME", "adamw", one_of("adamw", "sgd"))
+# adamw or sgd; any of timm's, such as lamb, lion, muon or adan; torch_muon; schedulefree_adamw, schedulefree_radam or
+# schedulefree_sgd. `optimizer.optimizer_names()` lists them. Weight decay and layer decay are the same for all.
+key("TRAIN.OPTIMIZER.NAME", "adamw", (str.isidentifier, "adamw, sgd, or a name that docs/training.md lists"))
+# All but adamw and sgd, which have the keys below: arguments in place of the optimizer's own defaults, such as
+# betas=(0.95, 0.98), eps=1e-6
+key("TRAIN.OPTIMIZER.ARGS", "")
+# adamw only
 key("TRAIN.OPTIMIZER.EPS", 1e-8, POSITIVE)
 key(
     "TRAIN.OPTIMIZER.BETAS",

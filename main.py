@@ -49,7 +49,7 @@ from engine.state import Progress, TrainingState, is_better
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
 from lr_scheduler import build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
-from optimizer import build_optimizer
+from optimizer import SCHEDULE_FREE, ScheduleFreeAverage, build_optimizer, check_optimizer
 from runtime import signals
 from runtime.distributed import TIMEOUT, World, close_world, init_world, lost_processes_named, on_main, wrap
 from runtime.per_image import CORRECT, save_correct
@@ -92,6 +92,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     Raises:
         Stopped: a signal has ended the run, which is saved.
     """
+    check_optimizer(config)
     sources = build_sources(config, world)
     config = with_class_count(config, sources.train)
     train_loader = build_train_loader(config, sources.train, world)
@@ -153,7 +154,7 @@ def fit(
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
     classes, scaler = train_loader.dataset.classes, build_scaler(amp, world.device)
-    state = TrainingState(model, optimizer, scaler, amp, classes, build_ema(config, model))
+    state = TrainingState(model, optimizer, scaler, amp, classes, build_ema(config, model, optimizer))
     log_plan(config, train_loader, eval_loader, steps, scale, amp, logger)
     wrapped = wrap(model, world)
     # After wrapping, which gives all processes rank 0's running statistics.
@@ -179,11 +180,14 @@ def fit(
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
 
-def build_ema(config, model: nn.Module) -> ModelEmaV3 | None:
-    """A moving average of the model's weights, if the config asks for one."""
-    if not config.TRAIN.EMA_DECAY:
+def build_ema(config, model: nn.Module, optimizer: torch.optim.Optimizer) -> ModelEmaV3 | ScheduleFreeAverage | None:
+    """A moving average of the model's weights, if the config or the optimizer asks for one."""
+    if config.TRAIN.OPTIMIZER.NAME in SCHEDULE_FREE:
+        ema = ScheduleFreeAverage(model, optimizer)
+    elif config.TRAIN.EMA_DECAY:
+        ema = ModelEmaV3(model, config.TRAIN.EMA_DECAY, use_warmup=True)
+    else:
         return None
-    ema = ModelEmaV3(model, config.TRAIN.EMA_DECAY, use_warmup=True)
     if config.TRAIN.COMPILE:
         ema.module.compile()
     return ema

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from config import leaves
 from logger import ALL_RANKS
-from optimizer import MOMENTS, load_optimizer_state
+from optimizer import MOMENTS, ScheduleFreeAverage, expected_state, load_optimizer_state
 from runtime.checkpoint import FORMAT, CheckpointError, load_weights
 from runtime.distributed import World, gather_rows
 from runtime.untrusted import check_optimizer_state
@@ -59,7 +59,7 @@ class TrainingState:
         model: not wrapped.
         amp: dtype of mixed precision, None for full precision.
         classes: their names, for use of the checkpoint without the data.
-        ema: moving average of the model's weights and statistics, if any.
+        ema: moving average of the model's weights and statistics, if any; a schedule-free optimizer's average.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
@@ -70,7 +70,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     amp: torch.dtype | None = None
     classes: list[str] = field(default_factory=list)
-    ema: ModelEmaV3 | None = None
+    ema: ModelEmaV3 | ScheduleFreeAverage | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
@@ -139,8 +139,10 @@ class TrainingState:
         Raises:
             CheckpointError: the optimizer's state or the running statistics are not those of this model.
         """
+        moments = MOMENTS.get(type(self.optimizer))
+        like = None if moments else expected_state(config, self.model)
         try:
-            check_optimizer_state(content["optimizer"], self.optimizer, MOMENTS[type(self.optimizer)])
+            check_optimizer_state(content["optimizer"], self.optimizer, moments, like)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
         load_optimizer_state(self.optimizer, content["optimizer"])

@@ -367,7 +367,7 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
         ("TRAIN.LR_SCHEDULER.NAME", ["warm"]),
         ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", [0]),
         ("TRAIN.LR_SCHEDULER.DECAY_RATE", [0, NAN]),
-        ("TRAIN.OPTIMIZER.NAME", ["lamb"]),
+        ("TRAIN.OPTIMIZER.NAME", ["", "lamb 8"]),
         ("TRAIN.OPTIMIZER.EPS", [0, NAN]),
         ("TRAIN.OPTIMIZER.BETAS", [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9]]),
         ("TRAIN.OPTIMIZER.MOMENTUM", [1, -0.1]),
