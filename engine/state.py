@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from config import leaves
 from logger import ALL_RANKS
+from lr_scheduler import schedule_state
 from optimizer import MOMENTS, ScheduleFreeAverage, expected_state, load_optimizer_state
 from runtime.checkpoint import FORMAT, CheckpointError, load_weights
 from runtime.distributed import World, gather_rows
@@ -63,6 +65,7 @@ class TrainingState:
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
+        scheduler: if it has a state to go on from.
     """
 
     model: nn.Module
@@ -75,6 +78,7 @@ class TrainingState:
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
+    scheduler: Scheduler | None = None
 
     def capture(self, config, images: int, world: World) -> dict[str, Any]:
         """The content of a checkpoint. All processes must call it: what differs between them is gathered.
@@ -103,6 +107,7 @@ class TrainingState:
             **states,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.amp == torch.float16 else {},
+            "scheduler": schedule_state(self.scheduler),
             "epoch": self.epoch,
             "progress": {
                 "step": progress.step,
@@ -150,6 +155,9 @@ class TrainingState:
             load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:
             self.scaler.load_state_dict(content["scaler"])
+        saved_schedule = content.get("scheduler")  # older checkpoints have none
+        if saved_schedule and schedule_state(self.scheduler):
+            self.scheduler.load_state_dict(saved_schedule)
         self.epoch, self.best = content["epoch"], dict(content["best"])
         processes = content["processes"] or world.size  # format 1 does not say
         self._restore_progress(content, path, processes, world)

@@ -284,6 +284,9 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
         for key in ("growth_interval", "_growth_tracker"):  # PyTorch counts them in 32 bits
             good = good and whole(scaler.get(key)) and scaler[key] < 2**31
         require(good, "scaler is not a loss scaler's state")
+    if "scheduler" in content and (schedule := section("scheduler")):  # older files have none
+        good = number(schedule.get("factor")) and schedule["factor"] <= 1 and isinstance(schedule.get("best"), float)
+        require(good and whole(schedule.get("bad_evaluations")), "scheduler is not a schedule's state")
     for key in ("run", "processes", "images"):
         require(key in content, f"it has no {key}")
     require(content["run"] is None or isinstance(content["run"], str), "run is not a name")

@@ -367,6 +367,8 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
         ("TRAIN.LR_SCHEDULER.NAME", ["warm"]),
         ("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", [0]),
         ("TRAIN.LR_SCHEDULER.DECAY_RATE", [0, NAN]),
+        ("TRAIN.LR_SCHEDULER.CYCLE_MUL", [0.5, NAN]),
+        ("TRAIN.LR_SCHEDULER.WSD_DECAY", [0, 1.1]),
         ("TRAIN.OPTIMIZER.NAME", ["", "lamb 8"]),
         ("TRAIN.OPTIMIZER.EPS", [0, NAN]),
         ("TRAIN.OPTIMIZER.BETAS", [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 0.9, 0.9]]),

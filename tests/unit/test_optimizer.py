@@ -6,6 +6,7 @@ import math
 
 import pytest
 import timm
+import timm.scheduler
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from optimizer import (
 )
 from runtime.untrusted import check_optimizer_state
 
+has_wsd = hasattr(timm.scheduler, "WSDLRScheduler")
 STEPS = 5  # per epoch
 PEAK = 0.3
 
@@ -388,12 +390,15 @@ def rates(config, steps, scale: float = 1.0) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+ALL_SCHEDULES = ["cosine", "linear", "step", "poly", "tanh", "constant", "plateau"] + ["wsd"] * has_wsd
+
+
+@pytest.mark.parametrize("name", ALL_SCHEDULES)
 def test_warmup(name):
     found = rates(schedule_config(name), range(11))
     expected = [0.001 + (PEAK - 0.001) * step / 10 for step in range(11)]
-    assert found == pytest.approx(expected)
-    assert found[10] == PEAK
+    # timm's tanh reaches its peak but for a thousandth.
+    assert found == pytest.approx(expected, rel=0.002 if name == "tanh" else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "step"])
@@ -413,7 +418,58 @@ def test_decay(name):
         assert rates(schedule_config(name), [60, 61, 1000]) == pytest.approx([0.01] * 3)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+def test_cycles_and_cooldown():
+    """Two cycles, the second twice as long with half the peak, then 6 epochs at MIN_LR: 20 + 40 of 90 steps."""
+    config = schedule_config("cosine", warmup=0)
+    config.TRAIN.EPOCHS, keys = 18, config.TRAIN.LR_SCHEDULER
+    keys.CYCLES, keys.CYCLE_MUL, keys.CYCLE_DECAY, keys.COOLDOWN_EPOCHS = 2, 2.0, 0.5, 6
+    found = rates(config, range(90))
+    assert [found[0], found[20]] == pytest.approx([PEAK, PEAK / 2])
+    assert [found[10], found[40]] == pytest.approx([(PEAK + 0.01) / 2, (PEAK / 2 + 0.01) / 2])
+    assert found[60:] == [0.01] * 30 and found[59] > 0.01
+
+
+@pytest.mark.skipif(not has_wsd, reason="timm has no WSD")
+def test_wsd_goes_down_at_the_end():
+    config = schedule_config("wsd")
+    config.TRAIN.LR_SCHEDULER.WSD_DECAY, config.TRAIN.LR_SCHEDULER.WSD_SHAPE = 0.5, "linear"
+    found = rates(config, range(61))
+    assert found[10:36] == [PEAK] * 26
+    assert found[35:] == pytest.approx([PEAK - (PEAK - 0.01) * step / 25 for step in range(26)])
+
+
+def test_poly_and_constant():
+    config = schedule_config("poly")
+    config.TRAIN.LR_SCHEDULER.POWER = 2.0
+    assert rates(config, [35]) == pytest.approx([0.01 + (PEAK - 0.01) / 4])
+    assert rates(schedule_config("constant"), [10, 59, 500]) == [PEAK] * 3
+
+
+def test_plateau_goes_down_and_on_from_its_state():
+    config = schedule_config("plateau")
+    config.TRAIN.LR_SCHEDULER.PATIENCE = 2
+
+    def scheduler():
+        return build_scheduler(config, build_optimizer(config, nn.Linear(1, 1), PEAK), STEPS, 1.0)
+
+    def rate(schedule) -> float:
+        schedule.step_update(30)
+        return schedule.optimizer.param_groups[0]["lr"]
+
+    schedule = scheduler()
+    schedule.evaluated({"top1": 99.0}, 10)  # in the warm-up: does not count
+    found = []
+    for top1 in (10.0, 20.0, 20.0, math.nan, 19.0, 21.0, 5.0, 5.0, 5.0):
+        schedule.evaluated({"top1": top1}, 11)
+        found.append(rate(schedule))
+        other = scheduler()
+        other.load_state_dict(schedule.state_dict())
+        schedule = other
+        assert rate(schedule) == found[-1]
+    assert found == pytest.approx([PEAK, PEAK, PEAK, PEAK / 10, PEAK / 10, PEAK / 10, PEAK / 10, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_SCHEDULES if name != "plateau"])
 def test_rate_depends_on_the_step_alone(name):
     config = schedule_config(name)
     in_order = rates(config, range(60))
