@@ -187,8 +187,16 @@ key("TRAIN.MIN_LR", 5e-6, at_least(0))
 # 512 is Swin's and DeiT's rule. The Strip-MLP configs say 300, because the released code divides by its 300 epochs
 # there: the paper's peak at a global batch of 1024 is 1.7e-3, not 1.0e-3.
 key("TRAIN.LR_REFERENCE_BATCH", 512, at_least(1))
-# Largest global gradient norm; 0: no clipping
+# Largest global gradient norm, or what CLIP_MODE makes of it; 0: no clipping
 key("TRAIN.CLIP_GRAD", 5.0, at_least(0))
+# norm: of all gradients together. value: CLIP_GRAD is the largest absolute value of a gradient's element. agc: it is
+# the largest norm of a gradient as a fraction of its weight's, by rows, such as 0.02; the classifier is left out (Brock
+# et al., 2021).
+key("TRAIN.CLIP_MODE", "norm", one_of("norm", "value", "agc"))
+# cross_entropy, or bce: binary cross-entropy of each class (Wightman et al., 2021). LABEL_SMOOTHING is for both.
+key("TRAIN.LOSS", "cross_entropy", one_of("cross_entropy", "bce"))
+# bce only: targets above it are 1, all others 0; 0: targets stay as they are
+key("TRAIN.BCE_THRESHOLD", 0.0, LESS_THAN_1)
 # Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run. Loss scaling
 # (float16) skips some at the start: from 2^16 to 1 takes 16 halvings.
 key("TRAIN.MAX_SKIPPED_STEPS", 20, at_least(0))
@@ -208,11 +216,32 @@ key("TRAIN.CHANNELS_LAST", True)
 # evaluating and saving.
 key("TRAIN.SYNC_BN", False)
 
-# cosine, linear or step
-key("TRAIN.LR_SCHEDULER.NAME", "cosine", one_of("cosine", "linear", "step"))
-# step only: every DECAY_EPOCHS after the warm-up, times DECAY_RATE
+# After the warm-up: cosine, linear, poly (to a POWER) or tanh down to MIN_LR; step; constant; wsd (constant, then down
+# at the end); plateau (down when evaluations do not get better)
+key(
+    "TRAIN.LR_SCHEDULER.NAME",
+    "cosine",
+    one_of("cosine", "linear", "step", "poly", "tanh", "constant", "wsd", "plateau"),
+)
+# step: every DECAY_EPOCHS after the warm-up, times DECAY_RATE. plateau: times DECAY_RATE too
 key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30, at_least(1))
 key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, POSITIVE)
+# cosine, linear, poly and tanh: how often they go down; how much longer each time takes than the one before, and what
+# its peak is multiplied by; epochs at MIN_LR at the end. All within TRAIN.EPOCHS.
+key("TRAIN.LR_SCHEDULER.CYCLES", 1, at_least(1))
+key("TRAIN.LR_SCHEDULER.CYCLE_MUL", 1.0, at_least(1))
+key("TRAIN.LR_SCHEDULER.CYCLE_DECAY", 1.0, (lambda value: 0 < value <= 1, "more than 0, to 1"))
+key("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", 0, at_least(0))
+# poly only; 1 is linear
+key("TRAIN.LR_SCHEDULER.POWER", 0.5, POSITIVE)
+# wsd only: the part of the epochs after the warm-up in which the rate goes down, and how
+key("TRAIN.LR_SCHEDULER.WSD_DECAY", 0.2, (lambda value: 0 < value <= 1, "more than 0, to 1"))
+key("TRAIN.LR_SCHEDULER.WSD_SHAPE", "1-sqrt", one_of("1-sqrt", "linear", "cosine"))
+# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, val_loss) was not better than the best by
+# more than THRESHOLD
+key("TRAIN.LR_SCHEDULER.PATIENCE", 10, at_least(1))
+key("TRAIN.LR_SCHEDULER.METRIC", "top1", one_of("top1", "val_loss"))
+key("TRAIN.LR_SCHEDULER.THRESHOLD", 0.0, at_least(0))
 
 # Fine-tuning: the learning rate of a layer is this times that of the next one; 1: all the same. timm's group_matcher
 # says what a layer is (patch embedding, each block, classifier).
@@ -695,6 +724,14 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
             f"{says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; accepted: a warm-up shorter than the training, "
             "for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
         )
+    cooldown = config.TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS
+    if cooldown and config.TRAIN.WARMUP_EPOCHS + cooldown >= config.TRAIN.EPOCHS:
+        raise ConfigError(
+            f"{says('TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS')}, {says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; "
+            "accepted: a warm-up and a cooldown that leave epochs between them"
+        )
+    if config.TRAIN.LR_SCHEDULER.NAME == "plateau" and config.TRAIN.LR_SCHEDULER.DECAY_RATE >= 1:
+        raise ConfigError(f"{says('TRAIN.LR_SCHEDULER.DECAY_RATE')}; accepted with plateau: more than 0, less than 1")
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")
 

@@ -44,10 +44,11 @@ from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
+from engine.loss import check_loss
 from engine.start import Start, find_start, load_start, restore_state
 from engine.state import Progress, TrainingState, is_better
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
-from lr_scheduler import build_scheduler, lr_scale
+from lr_scheduler import PlateauScheduler, build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
 from optimizer import SCHEDULE_FREE, ScheduleFreeAverage, build_optimizer, check_optimizer
 from runtime import signals
@@ -95,6 +96,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     check_optimizer(config)
     sources = build_sources(config, world)
     config = with_class_count(config, sources.train)
+    check_loss(config)
     train_loader = build_train_loader(config, sources.train, world)
     eval_loader = build_eval_loader(config, sources.val, world)
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
@@ -154,7 +156,9 @@ def fit(
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
     classes, scaler = train_loader.dataset.classes, build_scaler(amp, world.device)
-    state = TrainingState(model, optimizer, scaler, amp, classes, build_ema(config, model, optimizer))
+    state = TrainingState(
+        model, optimizer, scaler, amp, classes, build_ema(config, model, optimizer), scheduler=scheduler
+    )
     log_plan(config, train_loader, eval_loader, steps, scale, amp, logger)
     wrapped = wrap(model, world)
     # After wrapping, which gives all processes rank 0's running statistics.
@@ -270,6 +274,8 @@ def finish_epoch(
     if correct is not None and is_better(metrics, state.best):
         state.best = {"top1": metrics["top1"], "epoch": state.epoch, "val_loss": metrics["val_loss"]}
         names.append("best.pth")
+    if correct is not None and isinstance(run.scheduler, PlateauScheduler):
+        run.scheduler.evaluated(metrics, state.epoch * run.steps)
     log_epoch(config, state, metrics, run.logger)
     is_kept = state.epoch % config.SAVE_FREQ == 0 or state.epoch == config.TRAIN.EPOCHS
     if is_kept:

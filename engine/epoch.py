@@ -22,6 +22,7 @@ from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from engine.control import Control, Point
 from engine.evaluate import autocast
 from engine.finite import FiniteGuard, Step
+from engine.loss import build_criterion
 from engine.state import TrainingState
 from models import train_mode
 from optimizer import learning_rate
@@ -95,8 +96,7 @@ def train_one_epoch(run: Training) -> dict[str, float]:
     """
     config, state, world, control = run.config, run.state, run.world, run.control
     train_mode(run.model)
-    # Mixup's soft targets are smoothed already.
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if run.mixup else config.MODEL.LABEL_SMOOTHING)
+    criterion = build_criterion(config, soft_targets=run.mixup is not None)
     transform = build_batch_transform(config, run.mixup, world.device)
     guard, meter = FiniteGuard(config, state, run.logger), Meter(run)
     unreadable = UnreadableFiles(run.loader, config.DATA.MAX_UNREADABLE, run.logger, state.progress.unreadable)
