@@ -324,6 +324,16 @@ key("SAVE_MINUTES", 0.0, at_least(0))
 key("SAVE_STEPS", 0, at_least(0))
 # Seconds without progress after which a process stops the run and names the process that hangs
 key("TIMEOUT", 1800.0, within(1, 10**9))
+# Where the metrics of each epoch go beside metrics.jsonl: tensorboard, csv, wandb, mlflow; [] for nowhere. wandb and
+# mlflow write into the run's folder, and need requirements/loggers.txt.
+key(
+    "LOGGERS",
+    ["tensorboard"],
+    (
+        lambda value: set(value) <= {"tensorboard", "csv", "wandb", "mlflow"} and len(set(value)) == len(value),
+        "tensorboard, csv, wandb and mlflow, each once",
+    ),
+)
 # Optimizer steps between two log lines
 key("PRINT_FREQ", 10, at_least(1))
 key("SEED", 0, at_least(0))
@@ -657,6 +667,8 @@ def coerce(value: Any, default: Any, where: str) -> Any:
             literal = ast.literal_eval(words.get(value.lower(), value))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             literal = value
+        if kind is list and isinstance(default[0], str) and literal == value:  # --opts LOGGERS [tensorboard,csv]
+            literal = [word.strip() for word in value.strip("[]").split(",") if word.strip()]
     else:
         literal = value
     if kind is bool and isinstance(literal, bool):

@@ -57,6 +57,7 @@ from runtime.per_image import CORRECT, save_correct
 from runtime.run_folder import RunFolder, open_run_folder
 from runtime.signals import Stopped, StopRequest
 from runtime.watchdog import Watchdog
+from trackers import check_trackers
 
 
 def main() -> None:
@@ -94,6 +95,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
         Stopped: a signal has ended the run, which is saved.
     """
     check_optimizer(config)
+    check_trackers(config.LOGGERS)
     sources = build_sources(config, world)
     config = with_class_count(config, sources.train)
     check_loss(config)
@@ -166,7 +168,9 @@ def fit(
 
     # Epochs
     with writing_to(folder.path):
-        metrics_log = MetricsLog(folder.path, state.epoch, logger) if world.is_main else None
+        metrics_log = None
+        if world.is_main:
+            metrics_log = MetricsLog(folder.path, state.epoch, logger, config.LOGGERS, state.run, leaves(config))
     request.deferred = True  # from here on there is something to save
     with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due)
@@ -366,7 +370,7 @@ def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Log
 def close_log(
     config, state: TrainingState, metrics: dict[str, Any], metrics_log: MetricsLog | None, folder: RunFolder
 ) -> None:
-    """Adds the run to TensorBoard's table of hyper-parameters."""
+    """Adds the run to the tables that compare runs."""
     if metrics_log:
         final = {name: metrics[name] for name in ("top1", "top5", "val_loss", "train_loss")}
         with writing_to(folder.path):

@@ -389,6 +389,7 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
         ("MODEL.RESUME", ["a\0b"]),
         ("OUTPUT", ["", "a\0b"]),
         ("TAG", ["", "..", "a/b", "a\nb"]),
+        ("LOGGERS", [["tensorboards"], ["csv", "csv"]]),
         ("SAVE_FREQ", [0]),
         ("PRINT_FREQ", [0]),
         ("SEED", [-1]),
@@ -435,6 +436,10 @@ def test_accepted(write, key, values):
         ("TRAIN: {AUTO_RESUME: off}", [], "TRAIN.AUTO_RESUME", False),
         ("TRAIN: {BASE_LR: 5e-4}", [], "TRAIN.BASE_LR", 5e-4),  # and this for text
         ("TRAIN: {BASE_LR: 1}", [], "TRAIN.BASE_LR", 1.0),
+        ("LOGGERS: [csv, mlflow]", [], "LOGGERS", ["csv", "mlflow"]),
+        ("", ["LOGGERS", "[csv, mlflow]"], "LOGGERS", ["csv", "mlflow"]),
+        ("", ["LOGGERS", "csv,mlflow"], "LOGGERS", ["csv", "mlflow"]),
+        ("", ["LOGGERS", "[]"], "LOGGERS", []),
         ("TRAIN: {OPTIMIZER: {BETAS: [0, 9e-1]}}", [], "TRAIN.OPTIMIZER.BETAS", [0.0, 0.9]),
         ("TAG: 12", [], "TAG", "12"),
         ("TRAIN.EPOCHS: 40", [], "TRAIN.EPOCHS", 40),
