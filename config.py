@@ -233,8 +233,16 @@ key("TRAIN.CLASS_WEIGHTS", "none", (_are_weights, "none, balanced, or numbers mo
 # PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth. val_loss: that with the lowest validation loss.
 key("TRAIN.PATIENCE", 0, at_least(0))
 key("TRAIN.PATIENCE_METRIC", "top1", one_of("top1", "val_loss"))
-# Largest global gradient norm; 0: no clipping
+# Largest global gradient norm, or what CLIP_MODE makes of it; 0: no clipping
 key("TRAIN.CLIP_GRAD", 5.0, at_least(0))
+# norm: of all gradients together. value: CLIP_GRAD is the largest absolute value of a gradient's element. agc: it is
+# the largest norm of a gradient as a fraction of its weight's, by rows, such as 0.02; the classifier is left out (Brock
+# et al., 2021).
+key("TRAIN.CLIP_MODE", "norm", one_of("norm", "value", "agc"))
+# cross_entropy, or bce: binary cross-entropy of each class (Wightman et al., 2021). LABEL_SMOOTHING is for both.
+key("TRAIN.LOSS", "cross_entropy", one_of("cross_entropy", "bce"))
+# bce only: targets above it are 1, all others 0; 0: targets stay as they are
+key("TRAIN.BCE_THRESHOLD", 0.0, LESS_THAN_1)
 # Steps in a row that may be skipped because loss or gradient is not finite; one more stops the run. Loss scaling
 # (float16) skips some at the start: from 2^16 to 1 takes 16 halvings.
 key("TRAIN.MAX_SKIPPED_STEPS", 20, at_least(0))
@@ -254,11 +262,32 @@ key("TRAIN.CHANNELS_LAST", True)
 # evaluating and saving.
 key("TRAIN.SYNC_BN", False)
 
-# cosine, linear or step
-key("TRAIN.LR_SCHEDULER.NAME", "cosine", one_of("cosine", "linear", "step"))
-# step only: every DECAY_EPOCHS after the warm-up, times DECAY_RATE
+# After the warm-up: cosine, linear, poly (to a POWER) or tanh down to MIN_LR; step; constant; wsd (constant, then down
+# at the end); plateau (down when evaluations do not get better)
+key(
+    "TRAIN.LR_SCHEDULER.NAME",
+    "cosine",
+    one_of("cosine", "linear", "step", "poly", "tanh", "constant", "wsd", "plateau"),
+)
+# step: every DECAY_EPOCHS after the warm-up, times DECAY_RATE. plateau: times DECAY_RATE too
 key("TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 30, at_least(1))
 key("TRAIN.LR_SCHEDULER.DECAY_RATE", 0.1, POSITIVE)
+# cosine, linear, poly and tanh: how often they go down; how much longer each time takes than the one before, and what
+# its peak is multiplied by; epochs at MIN_LR at the end. All within TRAIN.EPOCHS.
+key("TRAIN.LR_SCHEDULER.CYCLES", 1, at_least(1))
+key("TRAIN.LR_SCHEDULER.CYCLE_MUL", 1.0, at_least(1))
+key("TRAIN.LR_SCHEDULER.CYCLE_DECAY", 1.0, (lambda value: 0 < value <= 1, "more than 0, to 1"))
+key("TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS", 0, at_least(0))
+# poly only; 1 is linear
+key("TRAIN.LR_SCHEDULER.POWER", 0.5, POSITIVE)
+# wsd only: the part of the epochs after the warm-up in which the rate goes down, and how
+key("TRAIN.LR_SCHEDULER.WSD_DECAY", 0.2, (lambda value: 0 < value <= 1, "more than 0, to 1"))
+key("TRAIN.LR_SCHEDULER.WSD_SHAPE", "1-sqrt", one_of("1-sqrt", "linear", "cosine"))
+# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, val_loss) was not better than the best by
+# more than THRESHOLD
+key("TRAIN.LR_SCHEDULER.PATIENCE", 10, at_least(1))
+key("TRAIN.LR_SCHEDULER.METRIC", "top1", one_of("top1", "val_loss"))
+key("TRAIN.LR_SCHEDULER.THRESHOLD", 0.0, at_least(0))
 
 # Fine-tuning: the learning rate of a layer is this times that of the next one; 1: all the same. timm's group_matcher
 # says what a layer is (patch embedding, each block, classifier).
@@ -270,8 +299,13 @@ key("TRAIN.FREEZE", "none")
 # warm-up); 0: no average. It is evaluated beside the weights, and whoever uses a checkpoint gets it.
 key("TRAIN.EMA_DECAY", 0.0, LESS_THAN_1)
 
-# adamw or sgd
-key("TRAIN.OPTIMIZER.NAME", "adamw", one_of("adamw", "sgd"))
+# adamw or sgd; any of timm's, such as lamb, lion, muon or adan; torch_muon; schedulefree_adamw, schedulefree_radam or
+# schedulefree_sgd. `optimizer.optimizer_names()` lists them. Weight decay and layer decay are the same for all.
+key("TRAIN.OPTIMIZER.NAME", "adamw", (str.isidentifier, "adamw, sgd, or a name that docs/training.md lists"))
+# All but adamw and sgd, which have the keys below: arguments in place of the optimizer's own defaults, such as
+# betas=(0.95, 0.98), eps=1e-6
+key("TRAIN.OPTIMIZER.ARGS", "")
+# adamw only
 key("TRAIN.OPTIMIZER.EPS", 1e-8, POSITIVE)
 key(
     "TRAIN.OPTIMIZER.BETAS",
@@ -336,6 +370,16 @@ key("SAVE_MINUTES", 0.0, at_least(0))
 key("SAVE_STEPS", 0, at_least(0))
 # Seconds without progress after which a process stops the run and names the process that hangs
 key("TIMEOUT", 1800.0, within(1, 10**9))
+# Where the metrics of each epoch go beside metrics.jsonl: tensorboard, csv, wandb, mlflow; [] for nowhere. wandb and
+# mlflow write into the run's folder, and need requirements/loggers.txt.
+key(
+    "LOGGERS",
+    ["tensorboard"],
+    (
+        lambda value: set(value) <= {"tensorboard", "csv", "wandb", "mlflow"} and len(set(value)) == len(value),
+        "tensorboard, csv, wandb and mlflow, each once",
+    ),
+)
 # Optimizer steps between two log lines
 key("PRINT_FREQ", 10, at_least(1))
 key("SEED", 0, at_least(0))
@@ -699,6 +743,8 @@ def coerce(value: Any, default: Any, where: str) -> Any:
             literal = ast.literal_eval(words.get(value.lower(), value))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             literal = value
+        if kind is list and isinstance(default[0], str) and literal == value:  # --opts LOGGERS [tensorboard,csv]
+            literal = [word.strip() for word in value.strip("[]").split(",") if word.strip()]
     else:
         literal = value
     if kind is bool and isinstance(literal, bool):
@@ -776,6 +822,16 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
             f"{says('DATA.SAMPLER')} and {says('TRAIN.CLASS_WEIGHTS')}: small classes would count twice over; "
             "accepted: one of them"
         )
+    if config.TRAIN.LOSS == "bce" and config.TRAIN.CLASS_WEIGHTS != "none":
+        raise ConfigError(f"{says('TRAIN.CLASS_WEIGHTS')}, which is for cross_entropy; {says('TRAIN.LOSS')}")
+    cooldown = config.TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS
+    if cooldown and config.TRAIN.WARMUP_EPOCHS + cooldown >= config.TRAIN.EPOCHS:
+        raise ConfigError(
+            f"{says('TRAIN.LR_SCHEDULER.COOLDOWN_EPOCHS')}, {says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; "
+            "accepted: a warm-up and a cooldown that leave epochs between them"
+        )
+    if config.TRAIN.LR_SCHEDULER.NAME == "plateau" and config.TRAIN.LR_SCHEDULER.DECAY_RATE >= 1:
+        raise ConfigError(f"{says('TRAIN.LR_SCHEDULER.DECAY_RATE')}; accepted with plateau: more than 0, less than 1")
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from termcolor import colored
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
+
+from trackers import Trackers
 
 _COLORS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
@@ -83,17 +86,25 @@ def json_numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """One JSON object per epoch in `<folder>/metrics.jsonl`, and the same as TensorBoard scalars.
+    """One JSON object per epoch in `<folder>/metrics.jsonl`, and the same for the trackers.
 
     Args:
         folder: the run's folder.
         done: epochs that are done. Lines of later epochs are removed: a run that was killed before it could save its
             checkpoint leaves them, and those epochs are trained again.
+        trackers: names of `trackers.TRACKERS`.
+        run, config: of the run, for the trackers.
     """
 
-    def __init__(self, folder: Path, done: int, logger: logging.Logger):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
+    def __init__(
+        self,
+        folder: Path,
+        done: int,
+        logger: logging.Logger,
+        trackers: Sequence[str] = ("tensorboard",),
+        run: str = "",
+        config: dict[str, Any] | None = None,
+    ):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -104,7 +115,7 @@ class MetricsLog:
                 temporary = self.path.with_suffix(".tmp")
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
                 temporary.replace(self.path)
-        self._tensorboard = SummaryWriter(str(folder), purge_step=done + 1)
+        self._trackers = Trackers(trackers, folder, done, run, config or {}, logger)
 
     def _epoch(self, line: str) -> float:
         try:
@@ -119,28 +130,19 @@ class MetricsLog:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())  # as the checkpoint that follows is
-        for name, value in metrics.items():
-            if name != "epoch" and value is not None:
-                self._tensorboard.add_scalar(name, value, metrics["epoch"])
-        self._tensorboard.flush()
+        self._trackers.call("write", metrics)
 
     def write_images(self, title: str, images: Tensor) -> None:
-        """Shows the first 64 of images (N, 3, H, W), 0 to 1, in TensorBoard. They are filed under epoch 0, which no run
-        trains again."""
-        self._tensorboard.add_image(title, make_grid(images[:64], nrow=8, pad_value=1.0), 0)
+        """Shows the first 64 of images (N, 3, H, W), 0 to 1."""
+        self._trackers.call("write_images", title, make_grid(images[:64], nrow=8, pad_value=1.0))
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
-        """Shows the distribution of each weight's values in TensorBoard."""
-        for name, weight in weights.items():
-            # TensorBoard's default, over a thousand bins, would make up most of the file.
-            self._tensorboard.add_histogram(f"{title}/{name}", weight.detach().float().cpu(), epoch, bins=64)
+        """Shows the distribution of each weight's values."""
+        self._trackers.call("write_histograms", title, weights, epoch)
 
     def write_hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
-        """A run's config and final metrics, for TensorBoard's table of hyper-parameters, which compares runs."""
-        values = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()
-        }
-        self._tensorboard.add_hparams(values, {f"final/{name}": value for name, value in metrics.items()}, run_name=".")
+        """A run's config and final metrics, for tables that compare runs, such as TensorBoard's."""
+        self._trackers.call("write_result", config, metrics)
 
     def close(self) -> None:
-        self._tensorboard.close()
+        self._trackers.call("close")

@@ -46,19 +46,20 @@ from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
-from engine.loss import build_criterion
+from engine.loss import build_criterion, check_loss
 from engine.start import Start, find_start, is_finished, load_start, restore_state
 from engine.state import Progress, TrainingState, is_better, stops_early
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
-from lr_scheduler import build_scheduler, lr_scale
+from lr_scheduler import PlateauScheduler, build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
-from optimizer import build_optimizer
+from optimizer import SCHEDULE_FREE, ScheduleFreeAverage, build_optimizer, check_optimizer
 from runtime import signals
 from runtime.distributed import TIMEOUT, World, close_world, init_world, lost_processes_named, on_main, wrap
 from runtime.per_image import CORRECT, save_correct
 from runtime.run_folder import RunFolder, open_run_folder
 from runtime.signals import Stopped, StopRequest
 from runtime.watchdog import Watchdog
+from trackers import check_trackers
 
 
 def main() -> None:
@@ -95,8 +96,11 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     Raises:
         Stopped: a signal has ended the run, which is saved.
     """
+    check_optimizer(config)
+    check_trackers(config.LOGGERS)
     sources = build_sources(config, world)
     config = with_class_count(config, sources.train)
+    check_loss(config)
     train_loader = build_train_loader(config, sources.train, world)
     eval_loader = build_eval_loader(config, sources.val, world)
     mixup = build_mixup(config, config.MODEL.NUM_CLASSES)
@@ -157,7 +161,9 @@ def fit(
     scheduler = build_scheduler(config, optimizer, steps, scale)
     amp = resolve_amp(config, world.device)
     classes, scaler = train_loader.dataset.classes, build_scaler(amp, world.device)
-    state = TrainingState(model, optimizer, scaler, amp, classes, build_ema(config, model))
+    state = TrainingState(
+        model, optimizer, scaler, amp, classes, build_ema(config, model, optimizer), scheduler=scheduler
+    )
     log_plan(config, train_loader, eval_loader, steps, scale, amp, logger)
     wrapped = wrap(model, world)
     # After wrapping, which gives all processes rank 0's running statistics.
@@ -165,7 +171,9 @@ def fit(
 
     # Epochs
     with writing_to(folder.path):
-        metrics_log = MetricsLog(folder.path, state.epoch, logger) if world.is_main else None
+        metrics_log = None
+        if world.is_main:
+            metrics_log = MetricsLog(folder.path, state.epoch, logger, config.LOGGERS, state.run, leaves(config))
     request.deferred = True  # from here on there is something to save
     with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due)
@@ -184,11 +192,14 @@ def fit(
     logger.info(f"best top-1 {state.best['top1']:.3f} % (epoch {state.best['epoch']}); everything is in {folder.path}")
 
 
-def build_ema(config, model: nn.Module) -> ModelEmaV3 | None:
-    """A moving average of the model's weights, if the config asks for one."""
-    if not config.TRAIN.EMA_DECAY:
+def build_ema(config, model: nn.Module, optimizer: torch.optim.Optimizer) -> ModelEmaV3 | ScheduleFreeAverage | None:
+    """A moving average of the model's weights, if the config or the optimizer asks for one."""
+    if config.TRAIN.OPTIMIZER.NAME in SCHEDULE_FREE:
+        ema = ScheduleFreeAverage(model, optimizer)
+    elif config.TRAIN.EMA_DECAY:
+        ema = ModelEmaV3(model, config.TRAIN.EMA_DECAY, use_warmup=True)
+    else:
         return None
-    ema = ModelEmaV3(model, config.TRAIN.EMA_DECAY, use_warmup=True)
     if config.TRAIN.COMPILE:
         ema.module.compile()
     return ema
@@ -277,6 +288,8 @@ def finish_epoch(
         names.append("best.pth")
     if correct is not None and metrics["val_loss"] < state.lowest["val_loss"]:
         state.lowest = {"val_loss": metrics["val_loss"], "epoch": state.epoch}
+    if correct is not None and isinstance(run.scheduler, PlateauScheduler):
+        run.scheduler.evaluated(metrics, state.epoch * run.steps)
     log_epoch(config, state, metrics, run.logger)
     is_last = state.epoch == config.TRAIN.EPOCHS
     if not is_last and stops_early(config, state.epoch, state.best, state.lowest):
@@ -378,7 +391,7 @@ def log_epoch(config, state: TrainingState, metrics: dict[str, Any], logger: Log
 def close_log(
     config, state: TrainingState, metrics: dict[str, Any], metrics_log: MetricsLog | None, folder: RunFolder
 ) -> None:
-    """Adds the run to TensorBoard's table of hyper-parameters."""
+    """Adds the run to the tables that compare runs."""
     if metrics_log:
         final = {name: metrics[name] for name in ("top1", "top5", "val_loss", "train_loss")}
         with writing_to(folder.path):

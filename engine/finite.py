@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from logging import Logger
 
 import torch
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 
 from engine.state import TrainingState, training_buffers
 from logger import ALL_RANKS
+from models.backbone import classifiers
 from optimizer import learning_rate
 from utils import UserError
 
@@ -112,8 +114,13 @@ class FiniteGuard:
     def __init__(self, config, state: TrainingState, logger: Logger):
         self.optimizer, self.scaler, self.amp = state.optimizer, state.scaler, state.amp
         self.progress, self.epoch, self.logger = state.progress, state.epoch, logger
-        self.max_norm, self.most_in_row = config.TRAIN.CLIP_GRAD, config.TRAIN.MAX_SKIPPED_STEPS
+        self.clip_mode, self.clip = config.TRAIN.CLIP_MODE, config.TRAIN.CLIP_GRAD
+        self.most_in_row = config.TRAIN.MAX_SKIPPED_STEPS
         self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        self._adaptive: list[nn.Parameter] = []
+        if self.clip_mode == "agc":
+            head = {id(p) for module in classifiers(state.model) for p in module.parameters()}
+            self._adaptive = [p for p in self._parameters if id(p) not in head]  # as in timm
         self._statistics = Statistics(state.model)
         self._losses: list[Tensor] = []
         self._samples: list[Tensor] = []
@@ -127,8 +134,13 @@ class FiniteGuard:
 
     def step(self, number: int) -> Step:
         """The optimizer step number `number` of the epoch, from the gradients of the passes since the last one."""
-        grad_norm = clip_gradients(self._parameters, self.max_norm, self.scaler)
+        max_norm = self.clip if self.clip_mode == "norm" else 0.0
+        grad_norm = clip_gradients(self._parameters, max_norm, self.scaler)
         self.scaler.unscale_(self.optimizer)
+        if self.clip and self.clip_mode == "value":
+            nn.utils.clip_grad_value_(self._parameters, self.clip)
+        if self.clip and self.clip_mode == "agc":
+            adaptive_clip_grad(self._adaptive, self.clip)
         self.scaler.step(self.optimizer)  # not if a gradient is not finite
         update_scaler(self.scaler, self.amp)
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,12 +1,14 @@
-"""The loss of training: cross-entropy, smoothed, and weighted by class."""
+"""The loss of training: cross-entropy, smoothed and weighted by class, or binary cross-entropy."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from torch import Tensor, nn
 
+from config import ConfigError
 from data.sources import Source
 from utils import UserError, printable, shorten
 
@@ -24,10 +26,29 @@ def build_criterion(
         UserError: TRAIN.CLASS_WEIGHTS are not as many as the classes.
     """
     smoothing = config.MODEL.LABEL_SMOOTHING
+    if config.TRAIN.LOSS == "bce":
+        return BinaryCrossEntropy(0.0 if soft else smoothing, target_threshold=config.TRAIN.BCE_THRESHOLD or None)
     if config.TRAIN.CLASS_WEIGHTS == "none":
         return nn.CrossEntropyLoss(label_smoothing=0.0 if soft else smoothing)
     weights = torch.tensor(class_weights(config.TRAIN.CLASS_WEIGHTS, source()), dtype=torch.float32, device=device)
     return WeightedCrossEntropy(weights, smoothing)
+
+
+def check_loss(config) -> None:
+    """Raises ConfigError for a threshold that makes every class a right one; `MODEL.NUM_CLASSES` must be known."""
+    threshold, wrong = config.TRAIN.BCE_THRESHOLD, config.MODEL.LABEL_SMOOTHING / config.MODEL.NUM_CLASSES
+    if config.TRAIN.LOSS == "bce" and 0 < threshold < wrong:
+        raise ConfigError(
+            f"TRAIN.BCE_THRESHOLD is {threshold:g}, but label smoothing gives wrong classes a target of {wrong:g}, so "
+            f"that all would be right; accepted: 0, or {wrong:g} or more"
+        )
+
+
+class BinaryCrossEntropy(TimmBinaryCrossEntropy):
+    """timm's, with targets in float32 in mixed precision too."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits.float(), targets)
 
 
 class WeightedCrossEntropy(nn.Module):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from config import leaves
 from logger import ALL_RANKS
-from optimizer import MOMENTS, load_optimizer_state
+from lr_scheduler import schedule_state
+from optimizer import MOMENTS, ScheduleFreeAverage, expected_state, load_optimizer_state
 from runtime.checkpoint import FORMAT, CheckpointError, load_weights
 from runtime.distributed import World, gather_rows
 from runtime.untrusted import check_optimizer_state
@@ -77,11 +79,12 @@ class TrainingState:
         model: not wrapped.
         amp: dtype of mixed precision, None for full precision.
         classes: their names, for use of the checkpoint without the data.
-        ema: moving average of the model's weights and statistics, if any.
+        ema: moving average of the model's weights and statistics, if any; a schedule-free optimizer's average.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
         best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
         lowest: {"val_loss": the lowest, "epoch": after which}.
+        scheduler: if it has a state to go on from.
     """
 
     model: nn.Module
@@ -89,12 +92,13 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     amp: torch.dtype | None = None
     classes: list[str] = field(default_factory=list)
-    ema: ModelEmaV3 | None = None
+    ema: ModelEmaV3 | ScheduleFreeAverage | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
     lowest: dict[str, Any] = field(default_factory=lambda: {"val_loss": math.inf, "epoch": 0})
+    scheduler: Scheduler | None = None
 
     def capture(self, config, images: int, world: World) -> dict[str, Any]:
         """The content of a checkpoint. All processes must call it: what differs between them is gathered.
@@ -123,6 +127,7 @@ class TrainingState:
             **states,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.amp == torch.float16 else {},
+            "scheduler": schedule_state(self.scheduler),
             "epoch": self.epoch,
             "progress": {
                 "step": progress.step,
@@ -160,8 +165,10 @@ class TrainingState:
         Raises:
             CheckpointError: the optimizer's state or the running statistics are not those of this model.
         """
+        moments = MOMENTS.get(type(self.optimizer))
+        like = None if moments else expected_state(config, self.model)
         try:
-            check_optimizer_state(content["optimizer"], self.optimizer, MOMENTS[type(self.optimizer)])
+            check_optimizer_state(content["optimizer"], self.optimizer, moments, like)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
         load_optimizer_state(self.optimizer, content["optimizer"])
@@ -169,6 +176,9 @@ class TrainingState:
             load_weights(self.ema.module, content, path, same_size=True)
         if content["scaler"] and self.amp == torch.float16:
             self.scaler.load_state_dict(content["scaler"])
+        saved_schedule = content.get("scheduler")  # older checkpoints have none
+        if saved_schedule and schedule_state(self.scheduler):
+            self.scheduler.load_state_dict(saved_schedule)
         self.epoch, self.best, self.lowest = content["epoch"], dict(content["best"]), lowest_of(content)
         processes = content["processes"] or world.size  # format 1 does not say
         self._restore_progress(content, path, processes, world)

@@ -375,6 +375,9 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
         for key in ("growth_interval", "_growth_tracker"):  # PyTorch counts them in 32 bits
             good = good and whole(scaler.get(key)) and scaler[key] < 2**31
         require(good, "scaler is not a loss scaler's state")
+    if "scheduler" in content and (schedule := section("scheduler")):  # older files have none
+        good = number(schedule.get("factor")) and schedule["factor"] <= 1 and isinstance(schedule.get("best"), float)
+        require(good and whole(schedule.get("bad_evaluations")), "scheduler is not a schedule's state")
     for key in ("run", "processes", "images"):
         require(key in content, f"it has no {key}")
     require(content["run"] is None or isinstance(content["run"], str), "run is not a name")
@@ -403,12 +406,18 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
     require(bool((progress["unreadable"] >= 0).all()), "progress has a negative number of unreadable images")
 
 
-def check_optimizer_state(state: Mapping, optimizer: torch.optim.Optimizer, moment_names: Sequence[str]) -> None:
+def check_optimizer_state(
+    state: Mapping,
+    optimizer: torch.optim.Optimizer,
+    moment_names: Sequence[str] | None,
+    like: Mapping | None = None,
+) -> None:
     """Raises ValueError for a saved state that does not fit the optimizer's parameters. PyTorch's load_state_dict takes
     any, and the first step then fails, broadcasts the moments, or gives NaN.
 
     Args:
         moment_names: what the optimizer remembers of every parameter, in the parameter's shape.
+        like: in place of those, a state dict of such an optimizer after a step.
     """
     saved = state.get("param_groups")
     if not isinstance(saved, list) or not all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved):
@@ -422,11 +431,16 @@ def check_optimizer_state(state: Mapping, optimizer: torch.optim.Optimizer, mome
     whole = isinstance(moments, dict) and all(type(number) is int for number in (*numbers, *moments))
     if not whole or numbers != list(range(len(parameters))) or not set(moments) <= set(numbers):
         raise ValueError("no optimizer state: its parameters are not numbered in order")
+    if like:
+        _check_counters(saved, like["param_groups"])
     for number, values in moments.items():
         if not isinstance(values, dict):
             raise ValueError(f"the optimizer state of parameter {number} is not a dictionary")
         if not values:
             continue  # a parameter that had no gradient yet
+        if like:
+            _check_values(values, like["state"][number], number)
+            continue
         adam = isinstance(optimizer, torch.optim.AdamW)
         if adam and not _is_step(values.get("step")):
             raise ValueError(f"its optimizer state has no number of steps of parameter {number}")
@@ -439,6 +453,42 @@ def check_optimizer_state(state: Mapping, optimizer: torch.optim.Optimizer, mome
                     f"its optimizer state has as {name} of parameter {number} no tensor of finite numbers of "
                     f"shape {tuple(parameter.shape)}"
                 )
+
+
+def _check_counters(groups: Sequence[Mapping], like: Sequence[Mapping]) -> None:
+    """Raises ValueError unless all that is a number in the groups of `like` is one in the saved groups."""
+    for group, expected in zip(groups, like, strict=True):
+        for name, value in expected.items():
+            is_number = type(value) in (int, float)
+            is_count = isinstance(value, Tensor) and value.ndim == 0
+            found = group.get(name)
+            if (is_number and not _is_number(found)) or (is_count and not (is_plain(found) and _is_step(found))):
+                raise ValueError(f"its optimizer state has no {name} of a group of parameters")
+
+
+def _check_values(values: Mapping, like: Mapping, number: int) -> None:
+    """Raises ValueError unless `values` has the entries of `like` in the same types and shapes, of finite numbers."""
+    if set(values) != set(like):
+        raise ValueError(
+            f"its optimizer state of parameter {number} has {some_keys(values)}; accepted: {some_keys(like)}"
+        )
+    for name, expected in like.items():
+        value = values[name]
+        if isinstance(expected, Tensor):
+            good = _is_moment(value, expected)
+            good = good and not (name in ("exp_avg_sq", "step") and bool((value < 0).any()))
+        elif isinstance(expected, bool):
+            good = value is expected
+        else:
+            good = type(value) is type(expected) and _is_number(value)
+        if not good:
+            raise ValueError(
+                f"its optimizer state has as {name} of parameter {number} nothing that can be gone on from"
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
 def _is_step(value: Any) -> bool:

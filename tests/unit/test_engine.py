@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from config import get_default_config
+from config import ConfigError, get_default_config
 from data import build_batch_transform, build_mixup, build_normalize, build_train_loader, denormalize
 from data.dataset import Sample
 from data.loading import LoadingFailed
@@ -26,6 +27,7 @@ from engine.control import Control
 from engine.epoch import Training, train_one_epoch
 from engine.evaluate import evaluate, resolve_amp, throughput
 from engine.finite import NonFiniteError, build_scaler
+from engine.loss import check_loss
 from engine.state import Progress, TrainingState, is_better
 from models import StripMLP, prepare_model
 from optimizer import build_optimizer
@@ -429,6 +431,53 @@ def test_loss_or_gradient_or_norm_alone_is_not_finite(kind, clip):
     assert {float(values["step"]) for values in state.optimizer.state.values()} == {1}
     assert weights(state.model).isfinite().all()
     assert ("samples" in log.of("WARNING")[0]) == (kind is InfiniteConstant)  # which alone tells whose fault it is
+
+
+class TwoLayers(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(6, 8), nn.Linear(8, 3))
+
+    def get_classifier(self) -> nn.Module:
+        return self[1]
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+@pytest.mark.parametrize("mode", ["value", "agc"])
+def test_clipping_by_value_and_by_weight(mode, amp):
+    """Against timm's, which is given the gradients of the loss itself."""
+    images, targets = noise(4)
+    model, reference = TwoLayers(), TwoLayers()
+    limit = {"value": 0.003, "agc": 0.01}[mode]
+    train(config_with(TRAIN__CLIP_MODE=mode, TRAIN__CLIP_GRAD=limit, AMP=amp), model, batches(images, targets))
+    F.cross_entropy(reference(images), targets).backward()
+    unclipped = [p.grad.clone() for p in reference.parameters()]
+    clipped = reference.parameters() if mode == "value" else reference[0].parameters()
+    dispatch_clip_grad(list(clipped), limit, mode)
+    assert not any(torch.equal(p.grad, g) for p, g in zip(reference[0].parameters(), unclipped, strict=False))
+    torch.optim.SGD(reference.parameters(), lr=LR).step()
+    tolerance = 1e-6 if amp == "off" else 2e-4
+    torch.testing.assert_close(weights(model), weights(reference), rtol=tolerance, atol=tolerance)
+
+
+def test_binary_cross_entropy():
+    images, targets = noise(4)
+    metrics = {}
+    for smoothing, threshold in ((0.0, 0.0), (0.3, 0.0), (0.3, 0.2)):
+        config = config_with(
+            TRAIN__LOSS="bce", MODEL__LABEL_SMOOTHING=smoothing, TRAIN__BCE_THRESHOLD=threshold, MODEL__NUM_CLASSES=3
+        )
+        check_loss(config)
+        found, _ = train(config, linear(), batches(images, targets))
+        right = F.one_hot(targets, 3).float()
+        expected = right * (1 - smoothing) + smoothing / 3 if not threshold else right
+        loss = F.binary_cross_entropy_with_logits(linear()(images), expected)
+        assert found["train_loss"] == pytest.approx(loss.item(), rel=1e-6)
+        metrics[smoothing, threshold] = found["train_loss"]
+    assert metrics[0.3, 0.2] == metrics[0.0, 0.0] != metrics[0.3, 0.0]
+    config.TRAIN.BCE_THRESHOLD = 0.05
+    with pytest.raises(ConfigError, match=r"BCE_THRESHOLD is 0.05.*target of 0.1"):
+        check_loss(config)
 
 
 def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):

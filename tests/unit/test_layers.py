@@ -13,6 +13,7 @@ from tests.helpers import ROOT
 # From the bottom to the top: a module imports only from layers below its own, or from its own package.
 LAYERS = [
     {"utils"},
+    {"trackers"},
     {"config", "logger"},
     {"models"},
     {"runtime"},

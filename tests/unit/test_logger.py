@@ -2,14 +2,20 @@
 
 import json
 import logging
+import math
 import re
 import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import termcolor
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
+from trackers import check_trackers
+from utils import UserError
 
 ESCAPE = "\033["
 
@@ -149,3 +155,112 @@ def test_tensorboard_forgets_epochs_that_are_trained_again(tmp_path, quiet):
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("top1")] == [(1, 10.0), (2, -1.0)]
+
+
+# Trackers
+
+
+def test_csv_has_the_columns_of_all_epochs(tmp_path, quiet):
+    log = MetricsLog(tmp_path, 0, quiet, ["csv"])
+    log.write({"epoch": 1, "train_loss": 0.5})
+    log.write({"epoch": 2, "train_loss": 0.25, "top1": 10.0})
+    log.close()
+    MetricsLog(tmp_path, 1, quiet, ["csv"]).write({"epoch": 2, "top1": 20.0})  # trained again
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["epoch,train_loss,top1", "1,0.5,", "2,,20.0"]
+    assert not list(tmp_path.glob("events*"))
+
+
+def stand_in_for_wandb(monkeypatch) -> list:
+    """Its calls, in order."""
+    calls = []
+
+    class Run:
+        summary: ClassVar = {}
+
+        def log(self, values, step):
+            calls.append((values, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda pixels: pixels.shape))
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_wandb(tmp_path, quiet, monkeypatch):
+    calls = stand_in_for_wandb(monkeypatch)
+    config = {"MODEL.NAME": "tiny", "TAG": "first"}
+    log = MetricsLog(tmp_path, 0, quiet, ["wandb"], "abc", config)
+    log.write_images("images", torch.zeros(4, 3, 8, 8))
+    log.write({"epoch": 1, "top1": 10.0, "val_loss": math.nan})
+    log.write_hparams(config, {"top1": 10.0})
+    log.close()
+    options, image, epoch, finished = calls
+    assert options["mode"] == "offline" and options["config"] == config and options["dir"] == str(tmp_path)
+    assert (options["id"], options["resume"], options["project"], options["name"]) == ("abc", "allow", "tiny", "first")
+    assert image[0]["images"][2] == 3 and epoch == ({"top1": 10.0}, 1) and finished == "finished"
+    assert quiet.messages == []
+
+
+def test_mlflow_goes_on_with_the_same_run(tmp_path, quiet, monkeypatch):
+    runs, calls = {}, []
+
+    class Client:
+        def __init__(self, tracking_uri):
+            self.uri = tracking_uri
+
+        def get_experiment_by_name(self, name):
+            return None
+
+        def create_experiment(self, name):
+            return name
+
+        def search_runs(self, experiments, condition):
+            return [SimpleNamespace(info=SimpleNamespace(run_id=i)) for i, run in runs.items() if run in condition]
+
+        def create_run(self, experiment, tags, run_name):
+            runs[f"id{len(runs)}"] = tags["run"]
+            return SimpleNamespace(info=SimpleNamespace(run_id="id0"))
+
+        def __getattr__(self, name):
+            return lambda *arguments, **options: calls.append((self.uri, name, *arguments, *options.values()))
+
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for done in (0, 1):
+        log = MetricsLog(tmp_path, done, quiet, ["mlflow"], "abc", {"MODEL.NAME": "tiny", "TAG": "first"})
+        log.write({"epoch": done + 1, "top1": 10.0})
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert runs == {"id0": "abc"}
+    assert calls[-2:] == [(uri, "log_metric", "id0", "top1", 10.0, step) for step in (1, 2)]
+    assert [call[1:4] for call in calls[:2]] == [("log_param", "id0", "MODEL.NAME"), ("log_param", "id0", "TAG")]
+    assert quiet.messages == []
+
+
+def test_tracker_that_fails_is_named_once_and_the_others_go_on(tmp_path, quiet, monkeypatch):
+    calls = stand_in_for_wandb(monkeypatch)
+    log = MetricsLog(tmp_path, 0, quiet, ["wandb", "csv"], "abc", {"MODEL.NAME": "tiny", "TAG": "first"})
+    monkeypatch.setattr("trackers.WandB.write", lambda *_: 1 / 0)
+    for number in (1, 2):
+        log.write({"epoch": number, "top1": 10.0})
+    log.close()
+    assert len(quiet.messages) == 1 and "wandb failed" in quiet.messages[0] and "division" in quiet.messages[0]
+    assert "finished" not in calls
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+    # From the start
+    monkeypatch.setattr("trackers.WandB.__init__", lambda *_: 1 / 0)
+    MetricsLog(tmp_path, 0, quiet, ["wandb"]).write({"epoch": 1})
+    assert len(quiet.messages) == 3  # and one about epochs that are trained again
+
+
+def test_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(["tensorboard", "csv"])
+    with pytest.raises(UserError, match=r"LOGGERS has mlflow.*requirements/loggers.txt"):
+        check_trackers(["csv", "mlflow"])
