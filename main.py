@@ -49,7 +49,7 @@ from engine.finite import build_scaler
 from engine.loss import build_criterion, check_loss
 from engine.start import Start, find_start, is_finished, load_start, restore_state
 from engine.state import Progress, TrainingState, is_better, stops_early
-from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
+from logger import ALL_RANKS, FILE_ONLY, MetricsLog, check_trackers, create_logger
 from lr_scheduler import PlateauScheduler, build_scheduler, lr_scale
 from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
 from optimizer import SCHEDULE_FREE, ScheduleFreeAverage, build_optimizer, check_optimizer
@@ -59,7 +59,6 @@ from runtime.per_image import CORRECT, save_correct
 from runtime.run_folder import RunFolder, open_run_folder
 from runtime.signals import Stopped, StopRequest
 from runtime.watchdog import Watchdog
-from trackers import check_trackers
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from tests.helpers import ROOT
 # From the bottom to the top: a module imports only from layers below its own, or from its own package.
 LAYERS = [
     {"utils"},
-    {"trackers"},
     {"config", "logger"},
     {"models"},
     {"runtime"},

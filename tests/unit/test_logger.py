@@ -13,8 +13,7 @@ import termcolor
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from logger import ALL_RANKS, FILE_ONLY, MetricsLog, create_logger
-from trackers import check_trackers
+from logger import ALL_RANKS, FILE_ONLY, MetricsLog, check_trackers, create_logger
 from utils import UserError
 
 ESCAPE = "\033["
@@ -246,7 +245,7 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path, quiet, monkeypatch):
 def test_tracker_that_fails_is_named_once_and_the_others_go_on(tmp_path, quiet, monkeypatch):
     calls = stand_in_for_wandb(monkeypatch)
     log = MetricsLog(tmp_path, 0, quiet, ["wandb", "csv"], "abc", {"MODEL.NAME": "tiny", "TAG": "first"})
-    monkeypatch.setattr("trackers.WandB.write", lambda *_: 1 / 0)
+    monkeypatch.setattr("logger.WandB.write", lambda *_: 1 / 0)
     for number in (1, 2):
         log.write({"epoch": number, "top1": 10.0})
     log.close()
@@ -254,7 +253,7 @@ def test_tracker_that_fails_is_named_once_and_the_others_go_on(tmp_path, quiet, 
     assert "finished" not in calls
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
     # From the start
-    monkeypatch.setattr("trackers.WandB.__init__", lambda *_: 1 / 0)
+    monkeypatch.setattr("logger.WandB.__init__", lambda *_: 1 / 0)
     MetricsLog(tmp_path, 0, quiet, ["wandb"]).write({"epoch": 1})
     assert len(quiet.messages) == 3  # and one about epochs that are trained again
 
