@@ -262,6 +262,20 @@ key("TRAIN.CHANNELS_LAST", True)
 # evaluating and saving.
 key("TRAIN.SYNC_BN", False)
 
+# Distillation: none; soft, the teacher's probabilities; hard, its first choice (DeiT)
+key("TRAIN.DISTILLATION.TYPE", "none", one_of("none", "soft", "hard"))
+# A timm model, with timm's weights or those of TEACHER_CHECKPOINT. Empty: TEACHER_CHECKPOINT is one of this project,
+# which says what it is of.
+key("TRAIN.DISTILLATION.TEACHER", "")
+key("TRAIN.DISTILLATION.TEACHER_CHECKPOINT", "", PATH)
+# Weight of the teacher's opinion; the labels have 1 - ALPHA. DeiT: 0.5 if hard, 0.1 if soft
+key("TRAIN.DISTILLATION.ALPHA", 0.5, within(0, 1))
+# soft only; DeiT: 3
+key("TRAIN.DISTILLATION.TEMPERATURE", 1.0, POSITIVE)
+# A file of the teacher's logits of the training images as evaluation sees them, made if it is not there: faster, but
+# the student sees other crops. Not with mixup and cutmix. Empty: the teacher is asked at each step.
+key("TRAIN.DISTILLATION.CACHE", "", PATH)
+
 # After the warm-up: cosine, linear, poly (to a POWER) or tanh down to MIN_LR; step; constant; wsd (constant, then down
 # at the end); plateau (down when evaluations do not get better)
 key(

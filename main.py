@@ -43,6 +43,7 @@ from data.build import holds_out, note_on_orientation
 from data.loading import LoadingFailed
 from data.sources import describe_counts
 from engine.control import Control
+from engine.distill import Teacher, build_distillation, build_teacher, check_distillation
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
 from engine.evaluate import describe, evaluate, evaluate_run, precision_name, resolve_amp
 from engine.finite import build_scaler
@@ -97,6 +98,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     """
     check_optimizer(config)
     check_trackers(config.LOGGERS)
+    check_distillation(config)
     sources = build_sources(config, world)
     config = with_class_count(config, sources.train)
     check_loss(config)
@@ -108,6 +110,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
     seed_all(config.SEED)
     model = build_model(config)
     freeze(model, config.TRAIN.FREEZE)
+    teacher = build_teacher(config, train_loader.dataset.classes, world)
     if config.TRAIN.SYNC_BN and world.distributed:
         if world.device.type != "cuda":
             raise UserError("TRAIN.SYNC_BN is True, which needs CUDA; accepted on the CPU: False")
@@ -120,7 +123,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
             logger = create_logger("train", world.rank, folder.path)
         log_setup(config, notes + sources.notes + folder.notes, model, world, logger)
         try:
-            fit(config, model, train_loader, eval_loader, mixup, folder, world, logger, request)
+            fit(config, model, teacher, train_loader, eval_loader, mixup, folder, world, logger, request)
         except UserError as error:
             logger.error(str(error), extra=FILE_ONLY)  # run_entry_point prints it
             raise
@@ -129,6 +132,7 @@ def train(config, notes: list[str], world: World, request: StopRequest) -> None:
 def fit(
     config,
     model: nn.Module,
+    teacher: Teacher | None,
     train_loader: DataLoader,
     eval_loader: DataLoader,
     mixup: Mixup | None,
@@ -154,6 +158,7 @@ def fit(
     # Model on its device, optimizer, schedule
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     prepare_model(config, model, world.device)
+    distillation = build_distillation(config, model, teacher, train_loader.dataset, world, logger)
     scale = lr_scale(config, world.size)
     optimizer = build_optimizer(config, model, config.TRAIN.BASE_LR * scale)
     steps = steps_per_epoch(train_loader, config.TRAIN.ACCUMULATION_STEPS)
@@ -176,7 +181,7 @@ def fit(
     request.deferred = True  # from here on there is something to save
     with Watchdog(world, config.TIMEOUT, logger) as watchdog:
         control = Control(request, watchdog, folder.due)
-        run = Training(config, state, wrapped, train_loader, scheduler, mixup, world, logger, control)
+        run = Training(config, state, wrapped, train_loader, scheduler, mixup, world, logger, control, distillation)
         control.save = Saver(run, folder)
         if metrics_log:
             control.show = lambda images: metrics_log.write_images(

@@ -9,6 +9,7 @@ from .build import (
     build_train_loader,
     check_num_classes,
     digit_sources,
+    source_digest,
     with_class_count,
 )
 from .dataset import Sample
@@ -29,5 +30,6 @@ __all__ = [
     "check_num_classes",
     "denormalize",
     "digit_sources",
+    "source_digest",
     "with_class_count",
 ]

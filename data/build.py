@@ -140,7 +140,7 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
     if not world.distributed:
         return
     present = {split: source for split, source in sources._asdict().items() if source}
-    found = {split: (len(source), _digest(source, config.DATA.DATA_PATH)) for split, source in present.items()}
+    found = {split: (len(source), source_digest(source, config.DATA.DATA_PATH)) for split, source in present.items()}
     mine = socket.gethostname(), found
     everyone = from_all(mine, world)
     main_host, main = everyone[0]
@@ -153,7 +153,7 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
                 )
 
 
-def _digest(source: Source, path: str) -> str:
+def source_digest(source: Source, path: str) -> str:
     """Of the classes, all labels and a thousand names: a sample more or less moves those after it. Machines may have
     the data under another `path`."""
     some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)

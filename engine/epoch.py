@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 from data import Sample, build_batch_transform
 from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from engine.control import Control, Point
+from engine.distill import Distillation
 from engine.evaluate import autocast
 from engine.finite import FiniteGuard, Step
 from engine.loss import build_criterion
@@ -59,6 +60,7 @@ class Training:
     world: World
     logger: Logger
     control: Control
+    distillation: Distillation | None = None
 
     @cached_property
     def accumulation(self) -> int:
@@ -118,7 +120,11 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         # Gradients of all processes are averaged once per step, in its last backward pass.
         with contextlib.nullcontext() if is_last or not world.distributed else run.model.no_sync():
             with autocast(world.device, state.amp), single_values_named(config):
-                loss = run.criterion(run.model(images), targets)
+                output = run.model(images)
+                if run.distillation:
+                    loss = run.distillation(run.criterion, output, images, targets, batch)
+                else:
+                    loss = run.criterion(output, targets)
             control.at_batch(state.epoch, i, Point.BACKWARD)
             guard.backward(loss, run.passes(number), batch.index)
         if not is_last:

@@ -24,6 +24,7 @@ from data.loading import LoadingFailed
 from data.sources import ArraySource
 from engine import epoch
 from engine.control import Control
+from engine.distill import Distillation, Teacher
 from engine.epoch import Training, train_one_epoch
 from engine.evaluate import evaluate, resolve_amp, throughput
 from engine.finite import NonFiniteError, build_scaler
@@ -478,6 +479,39 @@ def test_binary_cross_entropy():
     config.TRAIN.BCE_THRESHOLD = 0.05
     with pytest.raises(ConfigError, match=r"BCE_THRESHOLD is 0.05.*target of 0.1"):
         check_loss(config)
+
+
+def test_distillation_losses():
+    """DeiT's equations (section 3), with a teacher that is asked, and with cached logits, of which one is missing."""
+    images, targets = noise(4)
+    student, teacher = linear(), nn.Linear(6, 3)
+    batch = batches(images, targets)[0]
+    criterion, logits, opinion = nn.CrossEntropyLoss(), student(images), teacher(images)
+    labels = criterion(logits, targets)
+    p, q = F.softmax(opinion / 3, dim=1), F.softmax(logits / 3, dim=1)
+    soft = 9 * (p * (p / q).log()).sum(dim=1)
+    hard = F.cross_entropy(logits, opinion.argmax(dim=1), reduction="none")
+    cached = opinion.detach().numpy().copy()
+    cached[2] = np.nan
+    for kind, losses in (("soft", soft), ("hard", hard)):
+        found = Distillation(kind, 0.25, 3.0, teacher=Teacher(teacher))(criterion, logits, images, targets, batch)
+        torch.testing.assert_close(found, 0.75 * labels + 0.25 * losses.mean())
+        found = Distillation(kind, 0.25, 3.0, logits=cached)(criterion, logits, images, targets, batch)
+        torch.testing.assert_close(found, 0.75 * labels + 0.25 * losses[[0, 1, 3]].sum() / 4)
+    # Two tokens: the second one listens.
+    both = Distillation("hard", 0.25, 3.0, teacher=Teacher(teacher))(
+        criterion, (logits, -logits), images, targets, batch
+    )
+    torch.testing.assert_close(both, 0.75 * labels + 0.25 * F.cross_entropy(-logits, opinion.argmax(dim=1)))
+
+
+def test_teacher_gets_images_with_its_own_statistics():
+    images = torch.rand(2, 3, 4, 4)
+    given = build_normalize(config_with(), CPU)((images * 255).byte())
+    pixels = denormalize(given)
+    seen = Teacher(nn.Identity(), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.5))(given)
+    std = torch.tensor([0.5, 0.25, 0.5])[:, None, None]
+    torch.testing.assert_close(seen, (pixels - 0.5) / std, rtol=1e-4, atol=1e-5)
 
 
 def test_where_waiting_costs_steps_are_checked_at_log_lines(monkeypatch):
