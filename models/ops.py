@@ -53,7 +53,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
     small = by_size(x) and x.shape[-2] * x.shape[-1] <= SMALL_MAP
     if (form or ("linear" if on_gpu(x) or small else "conv")) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
+    # A convolution's weight as it is, for what looks for it in an exported graph.
+    return F.conv2d(x, weight if weight.ndim == 4 else weight[:, :, None, None], bias)
 
 
 class PointwiseConv(nn.Conv2d):

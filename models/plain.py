@@ -14,7 +14,8 @@ from .strip_mlp import StripMLPLayer
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy in which `nn.Conv2d` computes every product of a map with weights: the 1 x 1, depthwise and strip
-    convolutions of Strip-MLP, and the linear layers of Sparse MLP. The classifier stays an `nn.Linear`.
+    convolutions of Strip-MLP, and the linear layers of Sparse MLP. The classifier stays an `nn.Linear`. In evaluation
+    mode, BatchNorms become a scale and a shift.
 
     The copy has other names in its state dict, and works at one image size. Reparameterize before, not after.
     """
@@ -35,12 +36,12 @@ def plain_layer(module: nn.Module) -> nn.Module:
 @plain_layer.register(PointwiseConv)
 @plain_layer.register(DepthwiseConv)
 def _(module: nn.Conv2d) -> nn.Module:
-    return conv(module.weight, module.bias, padding=module.padding, groups=module.groups)
+    return conv(module.weight, module.bias, groups=module.groups)
 
 
 @plain_layer.register
 def _(module: GELUDepthwiseConv) -> nn.Module:
-    return nn.Sequential(nn.GELU(), conv(module.weight, None, padding=module.padding, groups=module.groups))
+    return nn.Sequential(nn.GELU(), conv(module.weight, None, groups=module.groups))
 
 
 @plain_layer.register
@@ -58,17 +59,38 @@ def _(module: StripMLPLayer) -> nn.Module:
     return StripConv(module)
 
 
-def conv(weight: Tensor, bias: Tensor | None, **arguments) -> nn.Conv2d:
-    """A convolution with a weight (C_out, C / groups, height, width) and a bias (C_out,)."""
-    out_channels, channels, *kernel_size = weight.shape
-    channels *= arguments.get("groups", 1)
-    layer = nn.Conv2d(channels, out_channels, kernel_size, bias=bias is not None, **arguments, device=weight.device)
-    layer = layer.to(weight.dtype)
+@plain_layer.register
+def _(module: nn.BatchNorm2d) -> nn.Module:
+    return module if module.training else ChannelAffine(module)
+
+
+def conv(weight: Tensor, bias: Tensor | None, groups: int = 1) -> nn.Conv2d:
+    """A convolution with a weight (C_out, C / groups, odd height, odd width) and a bias (C_out,), with zeros around the
+    map, so that it keeps its size."""
+    channels, out_channels, sides = groups * weight.shape[1], weight.shape[0], weight.shape[2:]
+    # Not padding="same", of which PyTorch's quantiser knows nothing.
+    padding = tuple(side // 2 for side in sides)
+    layer = nn.Conv2d(channels, out_channels, sides, padding=padding, groups=groups, bias=bias is not None)
+    layer = layer.to(weight)
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
     return layer
+
+
+class ChannelAffine(nn.Module):
+    """A BatchNorm in evaluation mode. PyTorch's quantiser (pt2e) would fold it into the patch merging before it, whose
+    output the shortcuts and the residual connection use without it."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        self.scale = nn.Parameter(scale.detach()[:, None, None])
+        self.shift = nn.Parameter((norm.bias - norm.running_mean * scale).detach()[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 class LastAxisConv(nn.Module):
@@ -98,9 +120,9 @@ class StripConv(nn.Module):
 
     def __init__(self, layer: StripMLPLayer):
         super().__init__()
-        patches, _, _, m = layer.weight.shape
+        patches = layer.weight.shape[0]
         weight = layer.weight.flatten(0, 1)[:, :, None]  # (P L, L, 1, m)
-        self.conv = conv(weight, layer.bias.flatten(), padding=(0, m // 2), groups=patches)
+        self.conv = conv(weight, layer.bias.flatten(), groups=patches)
         self.axis, self.q = layer.axis, layer.q
 
     def forward(self, x: Tensor) -> Tensor:

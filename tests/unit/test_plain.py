@@ -82,3 +82,27 @@ def test_ptflops(counted, backend):
         ost=io.StringIO(),
     )
     assert count == pytest.approx(macs, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_int8_by_pt2e():
+    """PyTorch's quantiser: its rounding alone changes the logits, not its folding of BatchNorms."""
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    torch.manual_seed(0)
+    model = timm.create_model("strip_mlp_pico", embed_dim=8, depths=(1, 1, 1, 1), img_size=64)
+    nn.init.normal_(model.get_classifier().weight)
+    images = torch.randn(16, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(20):  # statistics of BatchNorms that are worth folding
+            model(3 * torch.randn(8, 3, 64, 64) + 1)
+        copy = plain(reparameterize_model(model.eval()))
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(torch.export.export(copy, (images,)).module(), quantizer)
+        prepared(images)
+        expected, found = model(images), convert_pt2e(prepared)(images)
+    error = (found - expected).std() / expected.std()
+    assert 1e-4 < error < 0.1
