@@ -8,6 +8,7 @@ import torch
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
+from torch.fx import wrap
 
 from .activation_checkpoint import checkpoint_blocks
 from .resample import MapSized, resample
@@ -120,7 +121,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
-        self.check_size(x)
+        x = of_size(x, self.img_size)
         return self.norm(self.forward_stages(x, len(self.stages) - 1)[-1])
 
     def forward_intermediates(
@@ -151,7 +152,7 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; accepted: 'NCHW'")
-        self.check_size(x)
+        x = of_size(x, self.img_size)
         take, most = feature_take_indices(len(self.stages), indices)
         end = len(self.stages) - 1
         outputs = self.forward_stages(x, most if stop_early else end)
@@ -197,14 +198,6 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    def check_size(self, x: Tensor) -> None:
-        """Raises ValueError for images of another size than `img_size`."""
-        if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(
-                f"input of {tuple(x.shape[-2:])} pixels, but the token mixing weights were made for {self.img_size}: "
-                "resize the images, build the model with this img_size, or call set_input_size"
-            )
-
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         """The blocks of one stage, with activation checkpointing if it is on."""
         blocks = self.stages[index]
@@ -241,6 +234,18 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
     """The model's classifier; of distilled models of timm's, both."""
     found = model.get_classifier()
     return found if isinstance(found, tuple) else (found,)
+
+
+@wrap
+def of_size(images: Tensor, img_size: tuple[int, int]) -> Tensor:
+    """The images themselves; a ValueError for those of another size. (torch.fx, which cannot look at sizes, takes it as
+    one operation.)"""
+    if tuple(images.shape[-2:]) != img_size:
+        raise ValueError(
+            f"input of {tuple(images.shape[-2:])} pixels, but the token mixing weights were made for {img_size}: "
+            "resize the images, build the model with this img_size, or call set_input_size"
+        )
+    return images
 
 
 def merge(dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:

@@ -5,14 +5,18 @@ the function takes the one that suits the device and the size of its input; `for
 same result up to rounding, on any device.
 
 Maps are (N, C, H, W). They stay in `torch.channels_last` throughout: every form reads and writes them in place there.
+
+What looks at its input's device or size is `wrap`ped: torch.fx takes it as one operation, which chooses when it runs.
 """
 
 from collections.abc import Callable
 
+import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import fast_layer_norm
+from timm.layers import drop_path, fast_layer_norm
 from torch import Tensor, nn
+from torch.fx import wrap
 from torch.utils.checkpoint import checkpoint
 
 # On CPUs, maps of at most so many tokens, and strips along axes of at most so many, are faster as matrix products than
@@ -32,6 +36,7 @@ def by_size(x: Tensor) -> bool:
     return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+@wrap
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str | None = None) -> Tensor:
     """1 x 1 convolution.
 
@@ -48,7 +53,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
     small = by_size(x) and x.shape[-2] * x.shape[-1] <= SMALL_MAP
     if (form or ("linear" if on_gpu(x) or small else "conv")) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight.flatten(1)[:, :, None, None], bias)
+    # A convolution's weight as it is, for what looks for it in an exported graph.
+    return F.conv2d(x, weight if weight.ndim == 4 else weight[:, :, None, None], bias)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -61,27 +67,54 @@ class PointwiseConv(nn.Conv2d):
         return pointwise(x, self.weight, self.bias)
 
 
-class PointwiseLinear(nn.Linear):
-    """`pointwise` with the parameters of a linear layer. Shape: (N, dim, H, W) -> (N, out_dim, H, W)."""
+class PointwiseConvLinear(nn.Linear):
+    """`pointwise` with the parameters of a linear layer. Shape: (N, dim, H, W) -> (N, out_dim, H, W).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(x, self.weight, self.bias)
+    With a scale (N, dim, 1, 1) and a shift (dim,), of scale * x + shift: `scaled_pointwise`.
+    """
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return pointwise(x, self.weight, self.bias)
+        return scaled_pointwise(x, scale, shift, self.weight, self.bias)
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution with zeros around the map, kernel of odd sides. Shape: (N, dim, H, W) -> (N, dim, H, W).
-
-    On maps smaller than the kernel, as in the last stages of small images, only what meets the map is computed.
-    """
+    """`depthwise` with the parameters of a convolution. Shape: (N, dim, H, W) -> (N, dim, H, W)."""
 
     def __init__(self, dim: int, kernel_size: int | tuple[int, int]):
         super().__init__(dim, dim, kernel_size, padding="same", groups=dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if by_size(x):
-            weight = reachable(reachable(weight, -2, x.shape[-2]), -1, x.shape[-1])
-        return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2), groups=self.groups)
+        return depthwise(x, self.weight)
+
+
+class GELUDepthwiseConv(DepthwiseConv):
+    """DWConv(GELU(x)), where GELU(x) is recomputed in the backward pass (see `recompute`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_depthwise(x, self.weight)
+
+
+@wrap
+def depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution with zeros around the map.
+
+    On maps smaller than the kernel, as in the last stages of small images, only what meets the map is computed.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, odd height, odd width).
+    """
+    if by_size(x):
+        weight = reachable(reachable(weight, -2, x.shape[-2]), -1, x.shape[-1])
+    return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2), groups=weight.shape[0])
+
+
+@wrap
+def gelu_depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """depthwise(GELU(x), weight)."""
+    return recompute(lambda y: depthwise(F.gelu(y), weight), x)
 
 
 def reachable(weight: Tensor, axis: int, length: int) -> Tensor:
@@ -100,10 +133,25 @@ class LayerNorm2d(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # timm's function asks autocast about the device, which fails on the meta device.
-        layer_norm = F.layer_norm if x.is_meta else fast_layer_norm
-        x = x.permute(0, 2, 3, 1)
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return layer_norm_2d(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@wrap
+def layer_norm_2d(x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm` over the channels of (N, C, H, W)."""
+    # timm's function asks autocast about the device, which fails on the meta device.
+    layer_norm = F.layer_norm if x.is_meta else fast_layer_norm
+    return layer_norm(x.permute(0, 2, 3, 1), normalized_shape, weight, bias, eps).permute(0, 3, 1, 2)
+
+
+wrap("drop_path")  # it builds a shape from the number of dimensions
+
+
+class DropPath(timm.layers.DropPath):
+    """timm's, for torch.fx too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -115,14 +163,10 @@ def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
-def gelu_conv(x: Tensor, conv: DepthwiseConv) -> Tensor:
-    """conv(GELU(x)); GELU(x) is recomputed in the backward pass (see `recompute`)."""
-    return recompute(lambda y: conv(F.gelu(y)), x)
-
-
 # Strips
 
 
+@wrap
 def mix_strips(x: Tensor, weight: Tensor, bias: Tensor, axis: str, q: int, form: str | None = None) -> Tensor:
     """The strip MLP layer. Every token of a row takes from all tokens of its own row and of the (m - 1) / 2 rows above
     and below it; the same for columns.
@@ -193,6 +237,7 @@ class ChannelsLastGradient(torch.autograd.Function):
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
+@wrap
 def add_positions(x: Tensor, table: Tensor, size: tuple[int, int], r: int) -> Tensor:
     """y[n, c, i, j] = x[n, c, i, j] + table[clamp(j - i, -r, r) + r, c], in the dtype of x.
 
@@ -215,6 +260,7 @@ def add_positions(x: Tensor, table: Tensor, size: tuple[int, int], r: int) -> Te
     return x + positions.to(x.dtype)
 
 
+@wrap
 def softmax_branches(logits: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
     """Softmax over branches, per image and channel, in `dtype`. Shape: (N, branches C, 1, 1), where branch b of channel
     c is at c * branches + b, -> (branches, N, C, 1, 1)."""
@@ -223,34 +269,48 @@ def softmax_branches(logits: Tensor, branches: int, dtype: torch.dtype) -> Tenso
     return weights.movedim(2, 0).contiguous()  # dense over the channels, as the maps are
 
 
-# Global response normalisation
+# Global response normalisation and the 1 x 1 convolution that follows it. The map between them is the widest of the
+# network, so passes over it are saved: the normalisation is a scale per channel and image, and a shift per channel.
 
 
-def grn_linear(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Global response normalisation (ConvNeXt V2, equations 1 to 3), then a linear layer over the channels.
+@wrap
+def scaled_pointwise(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1 x 1 convolution of a map that is scaled and shifted.
 
-        gx = sqrt(einsum("nchw,nchw->nc", x, x));  nx = gx / (mean of gx over c + 1e-6)
-        y  = einsum("oc,nchw->nohw", weight, gamma * (x * nx) + beta + x) + bias
+        y = einsum("oc,nchw->nohw", weight, scale * x + shift) + bias
 
-    The map is the widest of the network, so passes over it are saved: the normalisation is a scale per channel,
-    1 + gamma * nx, and the shift goes through the linear layer, bias + weight @ beta. On GPUs the scaled map is
-    recomputed in the backward pass.
+    The shift goes through the convolution: bias + weight @ shift. On GPUs the scaled map is recomputed in the backward
+    pass.
 
     Args:
         x: (N, C, H, W).
-        gamma, beta: (C,).
+        scale: (N, C, 1, 1).
+        shift: (C,).
         weight: (C_out, C).
         bias: (C_out,).
     """
-    return recompute(_scaled_linear, x, grn_scale(x, gamma).to(x.dtype), beta, weight, bias)
+    return recompute(_scaled_pointwise, x, scale.to(x.dtype), shift, weight, bias)
 
 
-def _scaled_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return pointwise(x * scale, weight, bias + weight @ shift)
+def _scaled_pointwise(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # Not `weight @ shift`, which fvcore cannot count.
+    return pointwise(x * scale, weight, torch.addmv(bias, weight, shift))
 
 
+@wrap
 def grn_scale(x: Tensor, gamma: Tensor) -> Tensor:
-    """1 + gamma * nx of `grn_linear`. Shape: (N, C, H, W) -> (N, C, 1, 1)."""
+    """The scale of global response normalisation (ConvNeXt V2, equations 1 to 3): GRN(x) = scale * x + beta.
+
+        gx = sqrt(einsum("nchw,nchw->nc", x, x));  nx = gx / (mean of gx over c + 1e-6)
+        scale = 1 + gamma * nx
+
+    Args:
+        x: (N, C, H, W).
+        gamma: (C,).
+
+    Returns:
+        (N, C, 1, 1).
+    """
     # The compiler fuses the gradient by itself.
     squares = sum_of_squares(x) if torch.compiler.is_compiling() else SumOfSquares.apply(x)
     # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.

@@ -83,9 +83,10 @@ class FoldedStripMixing(MapSized):
         raise ValueError("the model was reparameterized, which is for one size; call set_input_size before that")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.act(self.norm(x)))
+        x = self.dwconv(self.norm(x))
         x = self.act(self.proj(x))
-        u, v = x.chunk(2, dim=1)
+        halves = x.chunk(2, dim=1)
+        u, v = halves[0], halves[1]
         if not self.cgsmm:
             return self.fuse_all(torch.cat([u, self.lsmm(v)], dim=1))
         z = self.act(self.fuse_h(torch.cat([self.strip_h(u), u], dim=1)) + self.map_h.to(u.dtype))

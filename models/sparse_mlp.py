@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp
+from timm.layers import ClassifierHead, Mlp
 from torch import Tensor, nn
 
 from .backbone import Backbone, merge
-from .ops import DepthwiseConv
+from .ops import DepthwiseConv, DropPath
 from .resample import MapSized
 
 

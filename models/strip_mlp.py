@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, Mlp, trunc_normal_
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
@@ -179,8 +179,8 @@ class LSMM(nn.Module):
         a = self.conv_h(v)
         b = self.conv_w(v)
         g = (a + b + v).mean(dim=(2, 3), keepdim=True)  # (N, C', 1, 1)
-        w_b, w_a, w_v = ops.softmax_branches(self.reweight(g), 3, v.dtype)  # each (N, C', 1, 1)
-        return w_b * b + w_a * a + w_v * v
+        w = ops.softmax_branches(self.reweight(g), 3, v.dtype)  # (3, N, C', 1, 1)
+        return w[0] * b + w[1] * a + w[2] * v
 
 
 class StripMixingBlock(nn.Module):
@@ -200,7 +200,7 @@ class StripMixingBlock(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int], options: StripMixingOptions):
         super().__init__()
         self.norm = nn.BatchNorm2d(dim)
-        self.dwconv = ops.DepthwiseConv(dim, kernel_size=3)
+        self.dwconv = ops.GELUDepthwiseConv(dim, kernel_size=3)
         self.proj = ops.PointwiseConv(dim, dim)
         self.proj_norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
@@ -209,22 +209,25 @@ class StripMixingBlock(nn.Module):
         self.fuse = ops.PointwiseConv(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.gelu_conv(self.norm(x), self.dwconv)
+        y = self.dwconv(self.norm(x))
         y = self.act(self.proj_norm(self.proj(y)))
-        u, v = y.chunk(2, dim=1)  # twice (N, C', H, W)
-        return self.fuse(torch.cat([self.cgsmm(u), self.lsmm(v)], dim=1))
+        halves = y.chunk(2, dim=1)  # twice (N, C', H, W)
+        return self.fuse(torch.cat([self.cgsmm(halves[0]), self.lsmm(halves[1])], dim=1))
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global response normalisation (ConvNeXt V2) and the linear layer that follows it, in one: `ops.grn_linear`."""
+    """Global response normalisation (ConvNeXt V2) as a scale, `ops.grn_scale`: GRN(x) = scale * x + bias.
+
+    Shape: (N, C, H, W) -> (N, C, 1, 1).
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, linear: ops.PointwiseLinear) -> Tensor:
-        return ops.grn_linear(x, self.weight, self.bias, linear.weight, linear.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.grn_scale(x, self.weight)
 
 
 class ChannelMlp(nn.Module):
@@ -232,14 +235,16 @@ class ChannelMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, grn: bool):
         super().__init__()
-        self.fc1 = ops.PointwiseLinear(dim, hidden)
+        self.fc1 = ops.PointwiseConvLinear(dim, hidden)
         self.act = nn.GELU()
         self.grn = GlobalResponseNorm(hidden) if grn else None
-        self.fc2 = ops.PointwiseLinear(hidden, dim)
+        self.fc2 = ops.PointwiseConvLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.fc1(x))  # C -> alpha C
-        return self.fc2(x) if self.grn is None else self.grn(x, self.fc2)  # alpha C -> C
+        if self.grn is None:
+            return self.fc2(x)  # alpha C -> C
+        return self.fc2(x, scale=self.grn(x), shift=self.grn.bias)
 
 
 class ChannelMixingBlock(nn.Module):
@@ -270,7 +275,7 @@ class StripMLPBlock(nn.Module):
         super().__init__()
         self.token_mixing = StripMixingBlock(dim, size, options)
         self.channel_mixing = ChannelMixingBlock(dim, alpha, grn)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = ops.DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.token_mixing(x))

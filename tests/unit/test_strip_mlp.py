@@ -24,7 +24,7 @@ import models  # noqa: F401  (registers the variants with timm)
 from config import get_default_config
 from models.activation_checkpoint import frozen_running_stats
 from models.build import build_strip_mlp
-from models.ops import DepthwiseConv, grn_linear, grn_scale, mix_strips, pointwise
+from models.ops import DepthwiseConv, grn_scale, mix_strips, pointwise, scaled_pointwise
 from models.released import checkpoint_filter_fn
 from models.strip_mlp import StripMixingOptions, StripMLP, StripMLPBlock
 from optimizer import build_optimizer, param_groups
@@ -405,7 +405,7 @@ def test_grn_of_a_dead_channel():
     x = torch.randn(2, 3, 4, 4)
     x[:, 1] = 0
     x.requires_grad_()
-    grn_linear(x, ones, zeros, torch.eye(3), zeros).sum().backward()
+    scaled_pointwise(x, grn_scale(x, ones), zeros, torch.eye(3), zeros).sum().backward()
     assert x.grad.isfinite().all()
     large = torch.full((1, 3, 4, 4), 1000.0, dtype=torch.float16)
     torch.testing.assert_close(grn_scale(large, ones), torch.full((1, 3, 1, 1), 2.0), rtol=1e-5, atol=0)

@@ -6,8 +6,10 @@ import sys
 import pytest
 import timm
 import torch
+from timm.layers import create_feature_extractor as timm_extractor
 from timm.models._manipulate import group_with_matcher
 from timm.utils import reparameterize_model
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import models  # noqa: F401  (registers them)
 from runtime.checkpoint import save_checkpoint
@@ -166,6 +168,50 @@ def test_gradient_checkpointing():
         model(images(4)).square().mean().backward()
         gradients.append({entry: p.grad for entry, p in model.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_fx_forward(name, monkeypatch):
+    """torch.fx.symbolic_trace, which timm's tests check by way of feature extractors, reparameterized too."""
+    model, x = small(name).eval(), images()
+    for one in (model, reparameterize_model(model)):
+        traced = torch.fx.symbolic_trace(one)
+        assert torch.equal(traced(x), one(x))
+        # The forms are chosen when it runs, not when it is traced.
+        with monkeypatch.context() as patch:
+            patch.setattr("models.ops.on_gpu", lambda x: True)
+            assert torch.equal(traced(x), one(x))
+    with pytest.raises(ValueError, match=r"input of \(32, 64\) pixels"):
+        traced(images(size=(32, 64)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_fx_backward(name):
+    """Gradients of all parameters, those of the model itself; stochastic depth of a model in training included."""
+    gradients = []
+    for trace in (lambda model: model, torch.fx.symbolic_trace):
+        traced = trace(small(name, drop_path_rate=0.1).train())
+        torch.manual_seed(2)
+        traced(images(4)).square().mean().backward()
+        gradients.append({entry: p.grad for entry, p in traced.named_parameters()})
+    assert gradients[1].keys() == gradients[0].keys() and None not in gradients[1].values()
+    for entry, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][entry], gradient)
+
+
+@pytest.mark.parametrize("extractor", [create_feature_extractor, timm_extractor], ids=["torchvision", "timm"])
+@pytest.mark.parametrize("name", SMALL)
+def test_feature_extractor(name, extractor):
+    """Of both libraries, which trace with torch.fx, in both modes."""
+    model = small(name)
+    features = extractor(model, {"stages.1": "map", "head": "logits"})
+    torch.testing.assert_close(features.train()(images(4))["logits"].shape, (4, 5))
+    features.eval()
+    with torch.no_grad():
+        outputs = features(images())
+        torch.testing.assert_close(outputs["map"], stage_outputs(model.eval(), images())[1])
+        torch.testing.assert_close(outputs["logits"], model(images()))
 
 
 @pytest.mark.slow
