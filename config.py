@@ -78,6 +78,7 @@ def key(name: str, default: Any, limit: Limit | None = None) -> None:
 # imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate.
 # wds: WebDataset's tar files, such as train-000000.tar, which tools/make_shards.py makes of such folders.
 # hfds: an image data set of Hugging Face's library: a folder of parquet files or of save_to_disk, or a name on the hub.
+# table: a CSV or parquet file with the columns path, label and perhaps split, or a folder with one such file.
 # CIFAR10, CIFAR100: downloaded on first use. FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
 # they are not there. 101_ObjectCategories: made by tools/categories101_train_val_split.py. digits: 1,797 handwritten
 # digits that come with scikit-learn.
@@ -89,6 +90,7 @@ key(
         "imagenet-1k",
         "wds",
         "hfds",
+        "table",
         "CIFAR10",
         "CIFAR100",
         "FashionMNIST",
@@ -100,7 +102,7 @@ key(
     ),
 )
 key("DATA.DATA_PATH", "", PATH)
-# hfds only: the columns of images and of labels; empty: the only ones of these types
+# The columns of images and of labels. hfds: empty for the only ones of these types; table: empty for path and label
 key("DATA.IMAGE_COLUMN", "")
 key("DATA.LABEL_COLUMN", "")
 # EMNIST only: which of its data sets
@@ -109,6 +111,10 @@ key("DATA.EMNIST_SPLIT", "balanced", one_of("byclass", "bymerge", "balanced", "l
 # is the rest; the data's own validation (or test) images are not read.
 key("DATA.VAL_FRACTION", 0.0, LESS_THAN_1)
 key("DATA.VAL_SEED", 0, at_least(0))
+# More than 0: cross-validation. The training images of each class are dealt to so many folds, with VAL_SEED alone;
+# fold FOLD (0, 1, ...) is for validation, and training is the rest. Not together with VAL_FRACTION.
+key("DATA.FOLDS", 0, (lambda value: value == 0 or value >= 2, "2 or more, or 0 for none"))
+key("DATA.FOLD", 0, at_least(0))
 # Images per process and step; the global batch is this times processes times TRAIN.ACCUMULATION_STEPS.
 key("DATA.BATCH_SIZE", 128, at_least(1))
 # Pixels, or [height, width]
@@ -125,6 +131,18 @@ key("DATA.ZIP_MODE", False)
 # share only).
 key("DATA.CACHE_MODE", "no", one_of("no", "full", "part"))
 key("DATA.PIN_MEMORY", True)
+# Grey images of more than 8 bits: the values that become black and white, such as [0, 4095]; those beyond are clipped.
+# Empty: the upper 8 of 16 bits, and what that would turn black, or cannot hold, is refused.
+key(
+    "DATA.PIXEL_RANGE",
+    [],
+    (
+        lambda value: not value or (len(value) == 2 and -float("inf") < value[0] < value[1] < float("inf")),
+        "[lowest, highest], or [] for none",
+    ),
+)
+# Turn images as the EXIF data of their files say, as viewers do. The released models were made without.
+key("DATA.EXIF_ORIENTATION", False)
 # Fraction of the images that may be unreadable; with more, the run stops.
 key("DATA.MAX_UNREADABLE", 0.05, within(0, 1))
 # Loader processes per training process; -1: this process's share of the CPU cores, at most 8; 0: none.
@@ -633,7 +651,8 @@ def coerce(value: Any, default: Any, where: str) -> Any:
         with contextlib.suppress(OverflowError):  # a whole number beyond all floats
             return float(literal)
     if kind is list and isinstance(literal, list | tuple):
-        return [coerce(item, default[0], f"{where}[{i}]") for i, item in enumerate(literal)]
+        of_items = default[0] if default else 0.0  # a list that is empty by default is of numbers
+        return [coerce(item, of_items, f"{where}[{i}]") for i, item in enumerate(literal)]
     accepted = {bool: "True or False", int: "a whole number", float: "a number", list: "a list"}[kind]
     raise ConfigError(f"{where} is {_show(value)}; accepted: {accepted}")
 
@@ -690,6 +709,14 @@ def validate(config: CfgNode, origins: dict[str, str]) -> None:
             f"{says('TRAIN.WARMUP_EPOCHS')} and {says('TRAIN.EPOCHS')}; accepted: a warm-up shorter than the training, "
             "for example --opts TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
         )
+    if config.DATA.FOLDS and config.DATA.VAL_FRACTION:
+        raise ConfigError(
+            f"{says('DATA.FOLDS')} and {says('DATA.VAL_FRACTION')}; accepted: one of them, because both choose "
+            "the validation images"
+        )
+    if config.DATA.FOLD and config.DATA.FOLD >= config.DATA.FOLDS:
+        folds = f"0 to {config.DATA.FOLDS - 1}" if config.DATA.FOLDS else "0 without DATA.FOLDS"
+        raise ConfigError(f"{says('DATA.FOLD')}, and {says('DATA.FOLDS')}; accepted: {folds}")
     if config.DATA.ZIP_MODE and config.DATA.DATASET not in ("imagenet", "imagenet-1k"):
         raise ConfigError(f"{says('DATA.ZIP_MODE')}, which is for imagenet, not for {config.DATA.DATASET}")
 

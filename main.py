@@ -38,7 +38,15 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
+from data import (
+    build_eval_loader,
+    build_mixup,
+    build_sources,
+    build_train_loader,
+    denormalize,
+    holds_out,
+    with_class_count,
+)
 from data.loading import LoadingFailed
 from engine.control import Control
 from engine.epoch import Training, steps_per_epoch, train_one_epoch
@@ -139,7 +147,7 @@ def fit(
     if world.is_main:
         with writing_to(folder.path):
             save_config(config, folder.path)
-            if config.DATA.VAL_FRACTION:
+            if holds_out(config):
                 source = eval_loader.dataset.source
                 names = (f"{source.name(index)}\n" for index in range(len(source)))
                 write_keeping_old(folder.path / "held_out.txt", "".join(names))

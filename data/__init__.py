@@ -7,6 +7,7 @@ from .build import (
     build_train_loader,
     check_num_classes,
     digit_sources,
+    holds_out,
     with_class_count,
 )
 from .dataset import Sample
@@ -25,5 +26,6 @@ __all__ = [
     "check_num_classes",
     "denormalize",
     "digit_sources",
+    "holds_out",
     "with_class_count",
 ]

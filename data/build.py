@@ -21,6 +21,7 @@ from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
 from data.shards import ShardSource
 from data.sources import VALIDATION, ArraySource, FolderSource, Source, SubsetSource, ZipSource
+from data.tables import table_sources
 from data.transforms import build_transform
 from runtime.distributed import World, from_all, main_process_first
 from runtime.signals import ignore_signals
@@ -52,10 +53,13 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         DataError: the data is missing, empty, cannot be downloaded, other data on another machine, or training and
             validation have different classes.
     """
-    fraction = config.DATA.VAL_FRACTION
-    if fraction:
+    if holds_out(config):
         # The data's own validation images are not even looked for.
-        splits = hold_out(_splits(config, world, True, False)[True], fraction, config.DATA.VAL_SEED)
+        whole = _splits(config, world, True, False)[True]
+        if config.DATA.FOLDS:
+            splits = split_fold(whole, config.DATA.FOLDS, config.DATA.FOLD, config.DATA.VAL_SEED)
+        else:
+            splits = hold_out(whole, config.DATA.VAL_FRACTION, config.DATA.VAL_SEED)
     else:
         splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
@@ -66,6 +70,11 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
         sources.train and select(sources.train, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS, config.SEED),
         sources.val and select(sources.val, config.DATA.CLASSES),
     )
+
+
+def holds_out(config) -> bool:
+    """Whether the validation images are some of the training images."""
+    return config.DATA.VAL_FRACTION > 0 or config.DATA.FOLDS > 0
 
 
 def _check_same_data(config, sources: Sources, world: World) -> None:
@@ -90,6 +99,7 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
 def _digest(source: Source, path: str) -> str:
     """Of the classes, all labels and a thousand names: a sample more or less moves those after it. Machines may have
     the data under another `path`."""
+    path = os.path.dirname(path) if os.path.isfile(path) else path  # a table's images are beside it
     some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
     text = "\0".join([*source.classes, *(source.name(int(index)).removeprefix(path) for index in some)])
     sha = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
@@ -115,6 +125,8 @@ def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
             return {is_train: ShardSource(root, names[is_train]) for is_train in wanted}
     if name == "hfds":
         return hf_sources(config, world, train, val)
+    if name == "table":
+        return table_sources(config, train, val)
     if config.DATA.ZIP_MODE:
         root = _root(config)
         return {
@@ -146,6 +158,38 @@ def hold_out(source: Source, fraction: float, seed: int) -> dict[bool, Source]:
         count = min(max(round(fraction * len(indices)), 1), len(indices) - 1)
         if len(indices):  # EMNIST's letters have a class without images
             held[np.random.default_rng((seed, label)).permutation(indices)[:count]] = True
+    return _parts(source, held)
+
+
+def split_fold(source: Source, folds: int, fold: int, seed: int) -> dict[bool, Source]:
+    """A source in two parts of the same classes, for stratified cross-validation. True: for training; False: one of the
+    folds, for validation. Each sample is in exactly one fold. The folds of one class, and the folds as a whole, differ
+    by at most one sample in size.
+
+    Args:
+        fold: which of them, 0 to `folds` - 1 (`DATA.FOLD`, `DATA.FOLDS`).
+        seed: with which they are drawn (`DATA.VAL_SEED`).
+
+    Raises:
+        DataError: a class of fewer samples than there are folds.
+    """
+    fold_of = np.empty(len(source), np.int64)
+    dealt = 0  # go on where the last class has ended
+    of_class = by_class(source.targets, len(source.classes))
+    for label, (name, indices) in enumerate(zip(source.classes, of_class, strict=True)):
+        if 0 < len(indices) < folds:
+            raise DataError(
+                f"DATA.FOLDS is {folds}, but the training data has {len(indices)} of {printable(name)}; accepted: one "
+                "of each class for each fold, or more"
+            )
+        order = np.random.default_rng((seed, label)).permutation(indices)
+        fold_of[order] = (dealt + np.arange(len(order))) % folds
+        dealt += len(order)
+    return _parts(source, fold_of == fold)
+
+
+def _parts(source: Source, held: np.ndarray) -> dict[bool, Source]:
+    """The samples that are not held out, and those that are."""
     return {
         True: SubsetSource(source, np.flatnonzero(~held), source.classes),
         False: SubsetSource(source, np.flatnonzero(held), source.classes),
@@ -326,7 +370,7 @@ def _split_folder(config, root: Path, is_train: bool) -> Path:
     there = {name: root / name for name in ("train", *VALIDATION) if (root / name).is_dir()}
     if is_train and "train" in there:
         return there["train"]
-    if is_train and config.DATA.VAL_FRACTION and not there:
+    if is_train and holds_out(config) and not there:
         return root  # class folders without a folder for each split
     names = () if is_train else [name for name in VALIDATION if name in there]
     if names:

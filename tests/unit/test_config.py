@@ -336,6 +336,9 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
         ("DATA.EMNIST_SPLIT", ["", "Balanced"]),
         ("DATA.VAL_FRACTION", [-0.1, 1, NAN]),
         ("DATA.VAL_SEED", [-1]),
+        ("DATA.FOLDS", [-1, 1]),
+        ("DATA.FOLD", [-1]),
+        ("DATA.PIXEL_RANGE", [[0.0], [0.0, 0.0], [5.0, 1.0], [0.0, 1.0, 2.0], [0.0, INFINITY], [0.0, NAN]]),
         ("DATA.BATCH_SIZE", [0, -2]),
         ("DATA.IMG_SIZE", [0]),
         ("DATA.INTERPOLATION", ["cubic"]),
@@ -655,3 +658,14 @@ def test_timm_model_without_stochastic_depth_says_so(write):
     path = write(run="MODEL: {TYPE: timm, NAME: vgg11, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
     with torch.device("meta"), pytest.warns(UserWarning, match=r"vgg11.*MODEL\.DROP_PATH_RATE"):
         build_model(load_config(path)[0])
+
+
+def test_folds_and_pixel_range(write):
+    path = write(run="DATA: {FOLDS: 3, FOLD: 2, PIXEL_RANGE: [0, 4095]}")
+    config, _ = load_config(path)
+    assert config.DATA.PIXEL_RANGE == [0.0, 4095.0]
+    assert load_config(path, ["DATA.PIXEL_RANGE", "[-0.5, 1]"])[0].DATA.PIXEL_RANGE == [-0.5, 1.0]
+    assert load_config(path, ["DATA.PIXEL_RANGE", "[]"])[0].DATA.PIXEL_RANGE == []
+    assert refused(path, ["DATA.FOLD", "3"]).endswith("accepted: 0 to 2")
+    message = refused(path, ["DATA.VAL_FRACTION", "0.1"])
+    assert "DATA.FOLDS is 3" in message and "DATA.VAL_FRACTION is 0.1; accepted: one of them" in message

@@ -28,7 +28,7 @@ from data import (
     build_sources,
     build_train_loader,
 )
-from data.build import hold_out
+from data.build import hold_out, split_fold
 from data.dataset import MOST_REPLACEMENTS, ClassificationDataset, EvalSampler, TrainSampler
 from data.device import Normalize
 from data.errors import DataError
@@ -453,6 +453,32 @@ def test_images_per_class_are_of_what_is_left():
     config = config_with(DATA__DATASET="digits", DATA__VAL_FRACTION=0.9, DATA__IMAGES_PER_CLASS=15)
     with pytest.raises(DataError, match=r"IMAGES_PER_CLASS is 15, but the training data has 14 of"):
         build_sources(config, world())
+
+
+def test_folds(training_data):
+    """Each image is for validation in one fold, and for training in the others."""
+    training_data = with_values(training_data, DATA__VAL_FRACTION=0.0, DATA__FOLDS=3)
+    whole = build_sources(with_values(training_data, DATA__FOLDS=0), world(), val=False).train
+    folds = [held_out(training_data, DATA__FOLD=fold, SEED=fold) for fold in range(3)]
+    names = [whole.name(i) for i in range(len(whole))]
+    assert sorted(name for _, _, val in folds for name in val) == sorted(names)
+    counts = np.array([np.bincount(sources.val.targets, minlength=len(whole.classes)) for sources, _, _ in folds])
+    assert np.ptp(counts, axis=0).max() <= 1 and np.ptp(counts.sum(axis=1)) <= 1
+    for sources, train, val in folds:
+        assert sorted(train + val) == sorted(names)
+        assert sources.train.classes == sources.val.classes == whole.classes
+    assert held_out(training_data, DATA__VAL_SEED=1)[2] != folds[0][2]
+
+
+def test_folds_are_the_same_on_every_machine():
+    sources, _, _ = held_out(config_with(DATA__DATASET="digits"), DATA__FOLDS=5, DATA__FOLD=3)
+    assert digest(sources.val) == "0c04bb128ba1517ad54ef14c3dd468a83016abeb123e44afb9f67701f3561ae7"
+
+
+def test_folds_of_a_class_of_few_images():
+    source = ArraySource(np.zeros((5, 4, 4), np.uint8), [0, 0, 0, 1, 1], ["many", "two"], "noise")
+    with pytest.raises(DataError, match=r"DATA\.FOLDS is 3, but the training data has 2 of two; accepted: one"):
+        split_fold(source, 3, 0, 0)
 
 
 # The cache

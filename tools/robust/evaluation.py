@@ -29,7 +29,7 @@ from .corruptions import CORRUPTIONS, CorruptedDataset
 
 BINS = 15  # of the confidence, as in Guo et al. (ICML 2017)
 CLEAN = ("clean", 0)
-HELD_OUT = ("VAL_FRACTION", "VAL_SEED")  # keys under DATA that choose images
+HELD_OUT = ("VAL_FRACTION", "VAL_SEED", "FOLDS", "FOLD")  # keys under DATA that choose images
 
 Condition = tuple[str, int]  # the corruption and its severity
 
