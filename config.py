@@ -102,6 +102,7 @@ def key(name: str, default: Any, limit: Limit | None = None) -> None:
 # imagenet (or imagenet-1k): train/ and val/ with one folder per class, which any image folder may imitate.
 # wds: WebDataset's tar files, such as train-000000.tar, which tools/make_shards.py makes of such folders.
 # hfds: an image data set of Hugging Face's library: a folder of parquet files or of save_to_disk, or a name on the hub.
+# table: a CSV or parquet file with the columns path, label and perhaps split, or a folder with one such file.
 # CIFAR10, CIFAR100: downloaded on first use. FashionMNIST, MNIST, KMNIST, EMNIST: their four IDX files, downloaded if
 # they are not there. 101_ObjectCategories: made by tools/categories101_train_val_split.py. digits: 1,797 handwritten
 # digits that come with scikit-learn.
@@ -113,6 +114,7 @@ key(
         "imagenet-1k",
         "wds",
         "hfds",
+        "table",
         "CIFAR10",
         "CIFAR100",
         "FashionMNIST",
@@ -124,7 +126,7 @@ key(
     ),
 )
 key("DATA.DATA_PATH", "", PATH)
-# hfds only: the columns of images and of labels; empty: the only ones of these types
+# The columns of images and of labels. hfds: empty for the only ones of these types; table: empty for path and label
 key("DATA.IMAGE_COLUMN", "")
 key("DATA.LABEL_COLUMN", "")
 # EMNIST only: which of its data sets

@@ -38,8 +38,16 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import build_eval_loader, build_mixup, build_sources, build_train_loader, denormalize, with_class_count
-from data.build import holds_out, note_on_orientation
+from data import (
+    build_eval_loader,
+    build_mixup,
+    build_sources,
+    build_train_loader,
+    denormalize,
+    holds_out,
+    with_class_count,
+)
+from data.build import note_on_orientation
 from data.loading import LoadingFailed
 from data.sources import describe_counts
 from engine.control import Control

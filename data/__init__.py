@@ -9,6 +9,7 @@ from .build import (
     build_train_loader,
     check_num_classes,
     digit_sources,
+    holds_out,
     source_digest,
     with_class_count,
 )
@@ -31,5 +32,6 @@ __all__ = [
     "denormalize",
     "digit_sources",
     "source_digest",
+    "holds_out",
     "with_class_count",
 ]

@@ -22,6 +22,7 @@ from data.idx import IDX_DATASETS, idx_sources
 from data.memory import InMemoryDataset, collated, suits_batches
 from data.shards import ShardSource
 from data.sources import VALIDATION, ArraySource, FolderSource, Source, SubsetSource, ZipSource
+from data.tables import TRAINING, table_sources, table_split
 from data.transforms import build_transform
 from runtime.distributed import World, from_all, main_process_first
 from runtime.signals import ignore_signals
@@ -100,6 +101,8 @@ def _own_split(config, world: World, split: str) -> Source:
         return _splits(config, world, is_train, not is_train)[is_train]  # they have two, and test is the second's name
     if name == "hfds":
         return hf_split(config, world, SPLIT_NAMES[split])
+    if name == "table":
+        return table_split(config, TRAINING if is_train else SPLIT_NAMES[split], split)
     root = _root(config)
     if name == "wds":
         with main_process_first(world):
@@ -156,6 +159,7 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
 def source_digest(source: Source, path: str) -> str:
     """Of the classes, all labels and a thousand names: a sample more or less moves those after it. Machines may have
     the data under another `path`."""
+    path = os.path.dirname(path) if os.path.isfile(path) else path  # a table's images are beside it
     some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
     text = "\0".join([*source.classes, *(source.name(int(index)).removeprefix(path) for index in some)])
     sha = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
@@ -181,6 +185,8 @@ def _splits(config, world: World, train: bool, val: bool) -> dict[bool, Source]:
             return {is_train: ShardSource(root, names[is_train]) for is_train in wanted}
     if name == "hfds":
         return hf_sources(config, world, train, val)
+    if name == "table":
+        return table_sources(config, train, val)
     if config.DATA.ZIP_MODE:
         root = _root(config)
         return {

@@ -199,7 +199,9 @@ def base_of(path: Path, opts: Sequence[str] = ()) -> Path | None:
     if not isinstance(bases, list) or len(bases) != 1 or not isinstance(bases[0], str) or not bases[0]:
         return None
     base = Path(os.path.relpath((path.parent / bases[0]).resolve()))
-    config, _ = load_config(base, opts)
+    # A name on the command line is every config's: it does not say that this one can be trained.
+    pairs = zip(opts[::2], opts[1::2], strict=True)
+    config, _ = load_config(base, [word for pair in pairs if pair[0] != "MODEL.NAME" for word in pair])
     return base if get_default_config().MODEL.NAME != config.MODEL.NAME else None
 
 

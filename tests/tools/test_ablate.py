@@ -204,6 +204,12 @@ def test_base(configs):
         assert base_of(path).name == "smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 
 
+def test_name_on_the_command_line_makes_no_base_of_a_fragment(configs, tmp_path):
+    folder = configs(a="BASE: ../fragment.yaml\nMODEL: {NAME: small}\n")
+    (tmp_path / "fragment.yaml").write_text("TRAIN: {EPOCHS: 2}\n")
+    assert base_of(folder / "a.yaml", ["MODEL.NAME", "other", "TRAIN.EPOCHS", "3"]) is None
+
+
 def test_bases_of_bases(configs):
     """A base is trained before what is compared with it, whatever the order on the command line."""
     folder = configs(a=setting("STRIP_WIDTH: 5"), c="BASE: a.yaml\nTRAIN: {OPTIMIZER: {NAME: sgd}}\n")

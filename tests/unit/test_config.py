@@ -336,6 +336,9 @@ WORDS = [key for key, (_, words) in ACCEPTED.items() if "," in words and all(map
         ("DATA.EMNIST_SPLIT", ["", "Balanced"]),
         ("DATA.VAL_FRACTION", [-0.1, 1, NAN]),
         ("DATA.VAL_SEED", [-1]),
+        ("DATA.FOLDS", [-1, 1]),
+        ("DATA.FOLD", [-1]),
+        ("DATA.PIXEL_RANGE", ["", "0", "0,0", "5,1", "0,1,2", "0,inf", "0,nan"]),
         ("DATA.BATCH_SIZE", [0, -2]),
         ("DATA.IMG_SIZE", [0]),
         ("DATA.INTERPOLATION", ["cubic"]),
@@ -664,3 +667,11 @@ def test_timm_model_without_stochastic_depth_says_so(write):
     path = write(run="MODEL: {TYPE: timm, NAME: vgg11, NUM_CLASSES: 5, DROP_PATH_RATE: 0.3}")
     with torch.device("meta"), pytest.warns(UserWarning, match=r"vgg11.*MODEL\.DROP_PATH_RATE"):
         build_model(load_config(path)[0])
+
+
+def test_folds(write):
+    path = write(run="DATA: {FOLDS: 3, FOLD: 2}")
+    assert load_config(path)[0].DATA.FOLD == 2
+    assert refused(path, ["DATA.FOLD", "3"]).endswith("accepted: 0 to 2")
+    message = refused(path, ["DATA.VAL_FRACTION", "0.1"])
+    assert "DATA.FOLDS is 3" in message and "DATA.VAL_FRACTION is 0.1; accepted: one of them" in message

@@ -479,6 +479,11 @@ def test_images_per_class_are_of_what_is_left():
         build_sources(config, world())
 
 
+def test_folds_are_the_same_on_every_machine():
+    sources, _, _ = held_out(config_with(DATA__DATASET="digits"), DATA__FOLDS=5, DATA__FOLD=3)
+    assert digest(sources.val) == "5c00b10d8103e9e3227519c885937fa373f1d216766bf2d585f70f51f5cc54b6"
+
+
 # The cache
 
 
