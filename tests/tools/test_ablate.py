@@ -207,7 +207,7 @@ def test_base(configs):
 def test_name_on_the_command_line_makes_no_base_of_a_fragment(configs, tmp_path):
     folder = configs(a="BASE: ../fragment.yaml\nMODEL: {NAME: small}\n")
     (tmp_path / "fragment.yaml").write_text("TRAIN: {EPOCHS: 2}\n")
-    assert base_of(folder / "a.yaml", ["MODEL.NAME", "other", "TRAIN.EPOCHS", "3"]) is None
+    assert base_of(folder / "a.yaml", ["MODEL.NAME", "other", "TRAIN.EPOCHS", "30"]) is None
 
 
 def test_bases_of_bases(configs):
