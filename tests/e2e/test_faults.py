@@ -303,7 +303,8 @@ def test_checkpoints_inside_an_epoch(key, tmp_path):
             if (tmp_path / FOLDER / name).exists():  # always whole, if there at all
                 seen.add(read_training_state(tmp_path / FOLDER / name)["progress"]["step"])
     assert run.wait() == 0
-    assert seen - {0} == {8, 16} if key == "SAVE_STEPS" else len(seen - {0}) >= 3
+    # On a busy machine, one may be gone before it is looked at.
+    assert {16} <= seen - {0} <= {8, 16} if key == "SAVE_STEPS" else len(seen - {0}) >= 3
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "gone"])
