@@ -152,8 +152,9 @@ key("DATA.CLASSES", "all", (lambda value: value != "" and _is_path(value), "all,
 # What black and white are in image files of more than 8 bits per channel: LOW,HIGH; file: each file's smallest and
 # largest value; auto: 0 and 65535 in files of 16 bits, while those that would be nearly black, and files of 32 bits or
 # floating-point values, cannot be read.
-key("DATA.PIXEL_RANGE", "auto", (lambda value: _is_range(value), "auto, file, or LOW,HIGH with LOW less than HIGH"))
-# Turn photographs as their EXIF orientation says. The released models were trained and evaluated without.
+key("DATA.PIXEL_RANGE", "auto", (_is_range, "auto, file, or LOW,HIGH with LOW less than HIGH"))
+# Turn photographs as their EXIF orientation says. The released models were trained and evaluated without. (Pillow turns
+# TIFF files in any case.)
 key("DATA.EXIF_ORIENTATION", False)
 # Training images to use of each class, drawn with SEED (of those that VAL_FRACTION or FOLDS leave); 0: all
 key("DATA.IMAGES_PER_CLASS", 0, at_least(0))

@@ -176,7 +176,7 @@ def fit(
     state = TrainingState(
         model, optimizer, scaler, amp, classes, build_ema(config, model, optimizer), scheduler=scheduler
     )
-    log_plan(config, train_loader, eval_loader, steps, scale, amp, logger)
+    log_plan(config, train_loader, eval_loader, steps, scale, amp, world, logger)
     wrapped = wrap(model, world)
     # After wrapping, which gives all processes rank 0's running statistics.
     restore_state(state, start, config, len(train_loader.dataset), steps, world, logger)
@@ -363,6 +363,7 @@ def log_plan(
     steps: int,
     scale: float,
     amp: torch.dtype | None,
+    world: World,
     logger: Logger,
 ) -> None:
     """What is about to be trained on what."""
@@ -378,7 +379,7 @@ def log_plan(
     )
     source = train_loader.dataset.source
     logger.info(f"training images per class: {describe_counts(source)}")
-    if note := note_on_orientation(config, source):
+    if world.is_main and (note := note_on_orientation(config, source)):  # reads files, once for all processes
         logger.warning(note)
 
 

@@ -233,8 +233,8 @@ class ScheduleFreeAverage:
     copy of the model. The model itself holds y, at which gradients are taken, and which a run goes on from. With the
     interface of timm's ModelEmaV3.
 
-    The optimizer's own eval() would write x over y, and train() would come back to y but for rounding, so that a run
-    would depend on how often it is saved. Running statistics are the model's, those of y.
+    The optimizer's own switch to evaluation would write x over y, and the way back gives y but for rounding, so that a
+    run would depend on how often it is saved. Running statistics are the model's, those of y.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):

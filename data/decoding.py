@@ -29,7 +29,7 @@ class Decoder:
         black, white: of images with more than 8 bits, if `range` is "given".
         range: "given"; "file", the smallest and the largest value of each file; or "auto", 0 and 65,535 for 16 bits,
             while files that would come out nearly black, and other types, are refused.
-        turn: whether to turn an image as its EXIF orientation says.
+        turn: whether to turn an image as its EXIF orientation says. (Pillow turns TIFF files whatever it is.)
     """
 
     range: str = "auto"
@@ -98,15 +98,16 @@ def build_decoder(config) -> Decoder:
 
 
 def count_turned(files: Iterable[bytes], seconds: float = 0.5) -> tuple[int, int]:
-    """How many image files have an EXIF orientation other than upright, and how many were looked at in that time. Only
-    their headers are read."""
+    """How many image files have an EXIF orientation other than upright, and how many were looked at in about that time.
+    No pixels are decoded. TIFF files do not count: Pillow always turns them."""
     turned = looked_at = 0
     deadline = time.perf_counter() + seconds
     for encoded in files:
         looked_at += 1
         with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             # What cannot be opened is reported when it is loaded.
-            turned += image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            if image.format != "TIFF":
+                turned += image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         if time.perf_counter() > deadline:
             break
     return turned, looked_at

@@ -251,6 +251,8 @@ def cache_key(config, teacher: Teacher, dataset: SourceDataset) -> dict[str, Any
         "classes": config.MODEL.NUM_CLASSES,
         "img_size": list(image_size(config)),
         "interpolation": config.DATA.INTERPOLATION,
+        "pixel_range": config.DATA.PIXEL_RANGE,
+        "exif_orientation": config.DATA.EXIF_ORIENTATION,
         "crop": config.TEST.CROP,
     }
 

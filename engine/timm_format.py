@@ -31,7 +31,7 @@ from utils import shorten
 # Ours in config.json: what makes the model and prepares its images, and no path of somebody's machine.
 OWN = "training_config"
 SHARED = ("MODEL.TYPE", "MODEL.NAME", "MODEL.NUM_CLASSES", "MODEL.STRIP_MLP.", "DATA.IMG_SIZE", "DATA.INTERPOLATION")
-SHARED += ("DATA.DATASET", "TEST.CROP")
+SHARED += ("DATA.PIXEL_RANGE", "DATA.EXIF_ORIENTATION", "DATA.DATASET", "TEST.CROP")
 CROP = 224 / 256
 
 

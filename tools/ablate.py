@@ -119,6 +119,8 @@ class Setting:
         base: what it is compared with.
         same_as_base: why it needs no runs of its own; empty if it does.
         problem: why it cannot be trained.
+        repetition: what its runs differ in: "seed", or "fold" with --folds, whose number then stands wherever there is
+            a seed here.
         notes: about values that change nothing.
         runs: by seed.
         failures: of runs, by seed.
@@ -132,6 +134,7 @@ class Setting:
     base: "Setting | None" = None
     same_as_base: str = ""
     problem: str = ""
+    repetition: str = "seed"
     notes: list[str] = field(default_factory=list)
     runs: dict[int, Run] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
@@ -224,7 +227,7 @@ def options_of(args: argparse.Namespace, path: Path) -> list[str]:
 
 def load_setting(path: Path, args: argparse.Namespace) -> Setting:
     """A setting with the command line's values on top. If something is wrong with it, that is its `problem`."""
-    setting = Setting(path)
+    setting = Setting(path, repetition="fold" if args.folds else "seed")
     try:
         overrides = [("OUTPUT", str(args.output), "--output")]
         overrides += [("DATA.DATA_PATH", args.data_path, "--data-path")] if args.data_path else []
@@ -317,13 +320,7 @@ def command(setting: Setting, seed: int, args: argparse.Namespace) -> list[str]:
 
 
 def tag(setting: Setting, seed: int) -> str:
-    return f"{setting.name}_{repetition(setting)}{seed}"
-
-
-def repetition(setting: Setting) -> str:
-    """What the runs of a setting differ in: "seed", or "fold" in cross-validation, whose number then stands wherever
-    there is a seed here."""
-    return "fold" if setting.values.get("DATA.FOLDS") else "seed"
+    return f"{setting.name}_{setting.repetition}{seed}"
 
 
 def folder_of(setting: Setting, seed: int) -> Path:
@@ -349,8 +346,6 @@ def look(setting: Setting, seed: int, processes: int | None = None) -> None:
     if processes is not None and run.processes is not None:
         found["processes"], wanted["processes"] = run.processes, processes
     wanted.pop("MODEL.NUM_CLASSES")  # comes from the data
-    if wanted["DATA.FOLDS"]:
-        wanted["DATA.FOLD"] = seed
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
@@ -461,15 +456,14 @@ def train(settings: Sequence[Setting], args: argparse.Namespace) -> None:
     done = sum(run.finished for setting in settings for run in setting.runs.values())
     print(f"{len(todo)} runs to train, {done} finished before", flush=True)
     if todo:
-        word = repetition(todo[0][0])
+        word = todo[0][0].repetition
         print(f"what they print: {args.output}/<MODEL.NAME>/<config>_{word}<N>.console.txt", flush=True)
     with Launcher(torchrun=args.processes > 1) as launcher:
         for number, (setting, seed) in enumerate(todo, start=1):
             was_there = setting.runs.get(seed)
             going_on = f", goes on after {was_there.epochs} epochs" if was_there and was_there.epochs else ""
-            print(
-                f"[{number}/{len(todo)}] {setting.name} {repetition(setting)} {seed}{going_on}", end=" ... ", flush=True
-            )
+            which = f"{setting.name} {setting.repetition} {seed}"
+            print(f"[{number}/{len(todo)}] {which}{going_on}", end=" ... ", flush=True)
             started = time.monotonic()
             console = console_of(setting, seed)
             try:
@@ -504,7 +498,7 @@ TITLES = (
 
 def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str | bytes | Figure]:
     """The files to write, by name."""
-    word = repetition(settings[0])
+    word = settings[0].repetition
     test_notes = compare_with_bases(settings)
     rows, numbers = [], []
     for setting in settings:
@@ -557,11 +551,8 @@ def report(settings: Sequence[Setting], seeds: Sequence[int]) -> dict[str, str |
         *conditions(settings),
         *problems(settings, seeds),
     ]
-    text = (
-        markdown([f"{word}s" if title == "seeds" else title for title in TITLES], rows)
-        + "".join(f"\n- {note}" for note in notes)
-        + "\n"
-    )
+    titles = [f"{word}s" if title == "seeds" else title for title in TITLES]
+    text = markdown(titles, rows) + "".join(f"\n- {note}" for note in notes) + "\n"
     per_run = []
     for setting in settings:
         for seed in () if setting.same_as_base else seeds:
@@ -610,7 +601,7 @@ def compare_with_bases(settings: Sequence[Setting]) -> list[str]:
             except UserError as error:
                 failed.append(f"not tested: {error}")
     for base in dict.fromkeys(setting.base for setting in settings if setting.base):
-        if base.values.get("DATA.FOLDS"):
+        if base.repetition == "fold":
             continue  # each fold has images of its own
         for setting in (s for s in settings if s.base is base and s.correct and base.results):
             try:
@@ -679,7 +670,7 @@ def problems(settings: Sequence[Setting], seeds: Sequence[int]) -> list[str]:
                 status, why = state(setting, seed)
                 if status != "finished":
                     status = "FAILED:" if status == "failed" else status
-                    found.append(f"{setting.name} {repetition(setting)} {seed}: {status} {why}".strip())
+                    found.append(f"{setting.name} {setting.repetition} {seed}: {status} {why}".strip())
     return found
 
 
@@ -729,7 +720,7 @@ def draw(settings: Sequence[Setting]) -> Figure:
         axes.set_ylim(len(members) - 0.5, -0.5)
         axes.grid(alpha=0.3, axis="x")
     panels[-1].set_xlabel(
-        f"Top-1 after the last epoch (%): mean ± standard deviation over {repetition(settings[0])}s; small dots: runs\n"
+        f"Top-1 after the last epoch (%): mean ± standard deviation over {settings[0].repetition}s; small dots: runs\n"
         "orange: the base; grey: settings that are the same"
     )
     if tested:

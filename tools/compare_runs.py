@@ -3,10 +3,10 @@
     python tools/compare_runs.py output/*/default
     python tools/compare_runs.py output --output figures
 
-A folder is a run's (with its config.yaml) or is searched for runs. Runs that differ in their seed alone are one model:
-a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4, and accuracy
-against minutes of training), curves.png, runs.md and runs.csv, differences.md and differences.csv. Accuracies are top-1
-in percent, after the last epoch unless it says "best".
+A folder is a run's (with its config.yaml) or is searched for runs. Runs that differ in their seed or fold alone are one
+model: a point with its standard deviation, a mean curve. Writes into --output accuracy.png (the paper's figure 4, and
+accuracy against minutes of training), curves.png, runs.md and runs.csv, differences.md and differences.csv. Accuracies
+are top-1 in percent, after the last epoch unless it says "best".
 """
 
 import argparse
@@ -139,9 +139,9 @@ class Run:
 
 
 def comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """The config values that results depend on, without the seed. The data path is one of them if nothing else says
-    which images there are."""
-    left_out = {*BOOKKEEPING, "SEED"}
+    """The config values that results depend on, without the seed and the fold. The data path is one of them if nothing
+    else says which images there are."""
+    left_out = {*BOOKKEEPING, "SEED", "DATA.FOLD"}
     if values["DATA.DATASET"] in SAME_ANYWHERE:
         left_out.add("DATA.DATA_PATH")
     if values["MODEL.TYPE"] != "strip_mlp_layer":
@@ -192,7 +192,7 @@ def _is_run(path: Path) -> bool:
 
 @dataclass(eq=False)
 class Model:
-    """Runs that differ in their seed alone, and where they are kept."""
+    """Runs that differ in their seed or fold alone, and where they are kept."""
 
     name: str
     runs: list[Run]
@@ -228,7 +228,7 @@ class Model:
 
 
 def as_models(runs: Sequence[Run]) -> list[Model]:
-    """The runs that have a config, those that differ in their seed alone together, in the order given."""
+    """The runs that have a config, those that differ in their seed or fold alone together, in the order given."""
     groups: dict[tuple[str, int], list[Run]] = {}
     times: Counter[tuple[str, int]] = Counter()
     processes = {repr(comparable(r.values)): r.processes for r in reversed(runs) if r.values and r.processes}

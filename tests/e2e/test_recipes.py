@@ -125,6 +125,9 @@ def test_cached_logits(train, teacher, tmp_path, image_folder):
     other = train("other teacher", "TRAIN.EPOCHS", 1, "SEED", 1) / "last.pth"
     said = train("refused", *plain, *distilled(other, CACHE=cache), status=1)
     assert f"{cache}: TRAIN.DISTILLATION.CACHE was made for something else (teacher differ)" in said
+    # Of images that are read in another way
+    said = train("refused too", *opts, "DATA.EXIF_ORIENTATION", True, status=1)
+    assert "was made for something else (exif_orientation differ)" in said
     assert cache.stat().st_mtime_ns == made
 
 

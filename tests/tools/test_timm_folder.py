@@ -31,6 +31,7 @@ def checkpoint(path, size=(32, 64), **keys):
     config = get_default_config()
     config.DATA.IMG_SIZE = list(size)
     config.DATA.DATA_PATH = "/home/somebody/secret"
+    config.DATA.PIXEL_RANGE, config.DATA.EXIF_ORIENTATION = "0,4095", True
     config.MODEL.NUM_CLASSES = 3
     config.MODEL.STRIP_MLP.EMBED_DIM = 8
     config.MODEL.STRIP_MLP.LAYERS = [1, 1, 1, 1]
@@ -89,6 +90,7 @@ def test_it_is_read_back_without_a_config(folder, name):
     path, model = folder
     trained = trained_model(path / name)
     assert trained.known_classes == NAMES and trained.config.MODEL.STRIP_MLP.CGSMM_STRUCTURE == "parallel"
+    assert trained.config.DATA.PIXEL_RANGE == "0,4095" and trained.config.DATA.EXIF_ORIENTATION
     assert torch.equal(trained.model(IMAGES), model(IMAGES))
 
 

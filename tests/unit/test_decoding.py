@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import ConfigError, get_default_config, load_config
 from data.build import build_sources, note_on_orientation
-from data.decoding import Decoder, build_decoder
+from data.decoding import Decoder, build_decoder, count_turned
 from data.errors import UnreadableImage
 from runtime.distributed import World
 from tests.helpers import ROOT
@@ -118,6 +118,15 @@ def test_orientation(tmp_path):
     assert "they are turned" in note_on_orientation(config, source)
     files = predict.ImageFiles([str(tmp_path / "train/a/turned.jpg")], lambda image: image, build_decoder(config))
     assert files[0][1].size == (16, 8)
+
+
+def test_tiff_files_are_turned_by_pillow():
+    """So that nothing is turned twice, and the note does not say that they are used as stored."""
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 16)).save(stream, "TIFF", exif=exif)
+    assert [Decoder(turn=turn)(stream.getvalue(), "").size for turn in (False, True)] == [(16, 8), (16, 8)]
+    assert count_turned([stream.getvalue()]) == (0, 1)
 
 
 @pytest.mark.parametrize("value", ["0,4095", "[0, 4095]", "file", "auto"])
