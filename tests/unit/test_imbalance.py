@@ -126,6 +126,15 @@ def test_balanced_sampler_depends_on_seed_and_epoch_alone_and_goes_on(sharded):
         assert {key[1] % 2 for key in orders[0]} == {1}
 
 
+def test_balanced_sampler_favours_no_class_over_the_epochs():
+    """10 samples of 3 classes: each epoch another one may come four times."""
+    targets = np.array([0] * 6 + [1, 1, 1, 2])
+    sampler = BalancedSampler(targets, 0, 1, 5)
+    counts = [np.bincount(targets[[key[1] for key in epoch_of(sampler, epoch)]]) for epoch in range(20)]
+    assert all(sorted(count) == [3, 3, 4] for count in counts)
+    assert {int(count.argmax()) for count in counts} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("kind", ["batch", "image"])
 def test_what_comes_again_is_augmented_anew(kind):
     config = config_with(DATA__IMG_SIZE=32, AUG__AUTO_AUGMENT="none", AUG__COLOR_JITTER=0.0)
