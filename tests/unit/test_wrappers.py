@@ -103,7 +103,7 @@ def test_ddp_and_fsdp():
 
 
 def test_lightning(expected):
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = pytest.importorskip("pytorch_lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self):
