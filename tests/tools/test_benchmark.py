@@ -3,12 +3,15 @@
 import csv
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import benchmark
 import pytest
 import timm
 import torch
 from bench import compare, options, roofline, timing
+from bench import revision as revision_module
 from bench.contenders import (
     Contender,
     LiteralStripMLP,
@@ -20,7 +23,7 @@ from bench.contenders import (
 )
 from bench.growth import Counted, Exponent
 from bench.memory import measured_peak
-from bench.timing import Timing, interleave, rotated
+from bench.timing import OtherLoad, Quartiles, Timing, interleave, rotated
 from complexity import Complexity
 from torch import nn
 
@@ -38,8 +41,17 @@ QUICK = ["--batch-sizes", "2", "--img-sizes", "32", "--rounds", "3", "--seconds"
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch):
     """The real ones take seconds."""
-    compare.ceilings_of.cache_clear()
-    monkeypatch.setattr(compare, "measure_ceilings", lambda *_: roofline.Ceilings(1e12, "linear", 1e10))
+
+    class Probe:
+        def __init__(self, *_):
+            self.rounds = 0
+
+        def measure(self):
+            self.rounds += 1
+            return roofline.Ceilings(1e12 * (1 + self.rounds % 3), "linear", 1e10)
+
+    compare.probe_of.cache_clear()
+    monkeypatch.setattr(compare, "Probe", Probe)
     monkeypatch.setattr(timing, "SHORTEST", 0.0)
 
 
@@ -207,14 +219,76 @@ def test_comparison(monkeypatch, tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(2 / median)
         assert row["peak_bytes"] > 0 and 0 < row["matrix_share"] < 1 and row["memory_share"] > 0
         if contender == "resnet18":
-            assert row["ratio_to_literal"] is None
+            assert "ratio_to_literal" not in row
         else:
             assert math.isfinite(row["ratio_to_literal"]["median"]) and row["ratio_to_literal"]["median"] > 0
     assert rows["training", "resnet18"]["peak_bytes"] > rows["inference", "resnet18"]["peak_bytes"]
+    for group in data["groups"]:
+        assert group["ceilings"]["flops"] == 2e12  # the median of the three rounds
+        assert len(group["others_share"]) == 3 and all(0 <= share <= 1 for share in group["others_share"])
     text = output.with_suffix(".md").read_text()
+    assert "Other programs took" in text
     assert "## training, float32, batch 2, 32 x 32" in text
     assert "Stochastic depth is 0" in text
     assert f"- command: `python tools/benchmark.py --contenders {' '.join(PICO)} resnet18" in text
+
+
+def test_against_a_revision(monkeypatch, tmp_path):
+    """The other revision is a checkout of its own: its model is changed here, and the change is seen."""
+    output = tmp_path / "b.json"
+
+    @contextmanager
+    def changed(revision):
+        with revision_module.checkout(revision) as folder:
+            file = folder / "models" / "variants.py"
+            file.write_text(file.read_text().replace('"embed_dim": 24, "depths": (1, 1, 2, 1)', '"embed_dim": 48'))
+            yield folder
+        assert not folder.exists()
+
+    monkeypatch.setattr(compare, "checkout", changed)
+    contenders = ["--contenders", "strip_mlp_pico", "literal:strip_mlp_pico", "resnet18"]
+    run(monkeypatch, *contenders, *QUICK, "--tasks", "inference", "--against", "HEAD", "--output", output)
+    rows = {row["contender"]: row for row in json.loads(output.read_text())["rows"]}
+    assert list(rows) == ["strip_mlp_pico", "strip_mlp_pico@HEAD", *contenders[2:]]
+    assert len(rows["strip_mlp_pico@HEAD"]["rounds"]) == 3
+    assert rows["strip_mlp_pico@HEAD"]["peak_bytes"] > 2 * rows["strip_mlp_pico"]["peak_bytes"] > 0
+    assert set(rows["strip_mlp_pico"]) - set(rows["resnet18"]) == {"ratio_to_literal", "ratio_to_revision"}
+    assert "times as fast as HEAD" in output.with_suffix(".md").read_text()
+
+
+def test_against_no_revision(monkeypatch, capsys, tmp_path):
+    output = ["--output", tmp_path / "b.json"]
+    arguments = ["--contenders", "strip_mlp_pico", *QUICK, *output]
+    assert "nonesuch" in refused(monkeypatch, capsys, "--against", "nonesuch", *arguments)
+    arguments = ["--contenders", "resnet18", *QUICK, *output]
+    assert "none of the contenders is this project's own" in refused(
+        monkeypatch, capsys, "--against", "HEAD", *arguments
+    )
+
+
+def test_disturbances_are_said(monkeypatch):
+    assert Quartiles.of([1.0, 1.0, 1.05, 1.0]).remark == ""
+    assert Quartiles.of([1.0, 2.0, 1.0, 2.0]).remark == "unsteady: quartiles 67 % apart"
+    # Two processors for 10 seconds, busy for 15 seconds in all: 4 by this process, 5 by its child.
+    cpu = SimpleNamespace(user=0.0, system=0.0, idle=0.0)
+    own, child = SimpleNamespace(user=0.0, system=0.0), SimpleNamespace(user=0.0, system=0.0)
+    process = SimpleNamespace(
+        cpu_times=lambda: (own.user, own.system),
+        children=lambda recursive: [SimpleNamespace(cpu_times=lambda: (child.user, child.system))],
+    )
+
+    class Times(tuple):
+        idle = property(lambda self: self[2])
+
+    monkeypatch.setattr(timing.psutil, "cpu_times", lambda: Times((cpu.user, cpu.system, cpu.idle)))
+    monkeypatch.setattr(timing.psutil, "Process", lambda: process)
+    load = OtherLoad()
+    cpu.user, cpu.system, cpu.idle = 12.0, 3.0, 5.0
+    own.user, own.system, child.user = 3.0, 1.0, 5.0
+    assert load.look() == pytest.approx((15 - 9) / 20)
+    cpu.user += 1
+    own.user += 2  # clocks that do not agree
+    assert load.look() == 0
 
 
 def test_modes(monkeypatch, tmp_path, capsys):

@@ -4,12 +4,15 @@ import argparse
 import gc
 import itertools
 import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 
 import torch
 from tables import markdown
+from torch import Tensor
 
 from bench.contenders import (
     DTYPES,
@@ -24,8 +27,9 @@ from bench.contenders import (
 from bench.memory import measured_peak
 from bench.options import FEWEST_ROUNDS, LITERAL
 from bench.report import document, kept_aside, machine, save, say
-from bench.roofline import Ceilings, Work, count_work, measure_ceilings
-from bench.timing import Quartiles, Timing, describe, interleave, ratio, warm_up
+from bench.revision import RemoteStep, checkout
+from bench.roofline import Ceilings, Probe, Work, count_work
+from bench.timing import OtherLoad, Quartiles, Timing, describe, interleave, ratio, warm_up
 from utils import UserError, writing_to
 
 BATCH = {"cpu": {"inference": 8, "training": 8}, "cuda": {"inference": 256, "training": 128}}
@@ -50,32 +54,35 @@ class Row:
 
     Attributes:
         timing: seconds per batch.
-        ratio: speed relative to the literal equations of the same variant, round by round; None without them.
+        ratios: speed relative to others of the group, round by round: to "literal", the equations of the same variant,
+            and to "revision", the same contender of --against. Without those that were not run.
         peak_bytes: of a step, with weights; None if it failed.
-        matrix_share: of the machine's matrix ceiling.
-        memory_share: of its memory ceiling.
+        matrix_share: of the machine's matrix ceiling in the same rounds.
+        memory_share: of its memory ceiling in the same rounds.
     """
 
     group: Group
     contender: Contender
     timing: Timing
-    ratio: Quartiles | None = None
+    ratios: dict[str, Quartiles] = field(default_factory=dict)
     peak_bytes: int | None = None
     matrix_share: float | None = None
     memory_share: float | None = None
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self, references: Sequence[str]) -> tuple[str, ...]:
+        """Those of a table whose ratios are to `references`."""
         peak = f"{self.peak_bytes / 2**20:,.0f}" if self.peak_bytes else "-"
         if not self.timing.seconds:
-            return (self.contender.label, "-", "-", "-", peak, "-", "-", self.timing.problem)
+            return (self.contender.label, "-", "-", *("-" for _ in references), peak, "-", "-", self.timing.problem)
         time = Quartiles.of(self.timing.seconds)
         milliseconds = f"{1e3 * time.median:.2f} [{1e3 * time.low:.2f}, {1e3 * time.high:.2f}]"
         speed = self.group.batch / time.median
-        times = f"{self.ratio.median:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]" if self.ratio else ""
+        found = [self.ratios.get(reference) for reference in references]
+        times = [f"{each.median:.2f} [{each.low:.2f}, {each.high:.2f}]" if each else "" for each in found]
         shares = [
             f"{100 * share:.0f} %" if share is not None else "-" for share in (self.matrix_share, self.memory_share)
         ]
-        return (self.contender.label, f"{speed:.1f}", milliseconds, times, peak, *shares, self.timing.problem)
+        return (self.contender.label, f"{speed:.1f}", milliseconds, *times, peak, *shares, time.remark)
 
     def data(self) -> dict:
         """For JSON."""
@@ -87,7 +94,7 @@ class Row:
             "mode": self.contender.mode,
             "images_per_second": self.group.batch / time.median if time else None,
             "seconds": asdict(time) if time else None,
-            "ratio_to_literal": asdict(self.ratio) if self.ratio else None,
+            **{f"ratio_to_{reference}": asdict(each) for reference, each in self.ratios.items()},
             "peak_bytes": self.peak_bytes,
             "matrix_share": self.matrix_share,
             "memory_share": self.memory_share,
@@ -98,10 +105,40 @@ class Row:
         }
 
 
-TITLES = (
-    *("contender", "images/s", "ms per batch [quartiles]", "times as fast as literal", "peak, MiB"),
-    *("of matrix ceiling", "of memory ceiling", "remark"),
-)
+def titles(references: Sequence[str], revision: str) -> tuple[str, ...]:
+    names = {"literal": "literal", "revision": revision}
+    return (
+        *("contender", "images/s", "ms per batch [quartiles]"),
+        *(f"times as fast as {names[reference]}" for reference in references),
+        *("peak, MiB", "of matrix ceiling", "of memory ceiling", "remark"),
+    )
+
+
+@dataclass
+class Table:
+    """The rows of a group, and the machine while they were measured.
+
+    Attributes:
+        ceilings: medians over the rounds.
+        others: share of the processors' time that other programs took, round by round.
+    """
+
+    group: Group
+    rows: list[Row]
+    ceilings: Ceilings
+    others: list[float]
+
+    def text(self, revision: str) -> str:
+        """As Markdown."""
+        references = [name for name in ("literal", "revision") if any(name in row.ratios for row in self.rows)]
+        typical, most = 100 * statistics.median(self.others), 100 * max(self.others)
+        return (
+            f"## {self.group}\n\n"
+            + markdown(titles(references, revision), [row.cells(references) for row in self.rows])
+            + f"\nOther programs took {typical:.0f} % of the processors' time in the median round, {most:.0f} % in the "
+            f"worst. Ceilings in the same rounds: {self.ceilings.flops / 1e12:.3f} TFLOP/s ({self.ceilings.flops_by}), "
+            f"{self.ceilings.bandwidth / 1e9:.1f} GB/s.\n"
+        )
 
 
 @cache
@@ -110,48 +147,97 @@ def work_of(model: str, batch: int, img_size: int) -> Work:
 
 
 @cache
-def ceilings_of(device: torch.device, dtype: str) -> Ceilings:
-    say(f"measuring the machine's ceilings in {dtype}")
-    return measure_ceilings(device, DTYPES[dtype])
+def probe_of(device: torch.device, dtype: str) -> Probe:
+    say(f"looking for the machine's fastest product in {dtype}")
+    return Probe(device, DTYPES[dtype])
 
 
-def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.Namespace) -> list[Row]:
-    """Compares contenders. If one fails, its row says so, and the others go on."""
-    ceilings = ceilings_of(args.device, group.dtype)
+def build_step(
+    contender: Contender, group: Group, args: argparse.Namespace, batch: tuple[Tensor, Tensor]
+) -> Step | RemoteStep:
+    options = {"task": group.task, "compile_mode": args.compile_mode, "freeze": args.freeze}
+    if not contender.revision:
+        return Step(contender, *batch, dtype=DTYPES[group.dtype], **options)
+    settings = {
+        **options,
+        "dtype": group.dtype,
+        "device": str(args.device),
+        "threads": torch.get_num_threads(),
+        "batch": group.batch,
+        "img_size": group.img_size,
+        "memory_format": args.memory_format,
+    }
+    return RemoteStep(args.revision_folder, contender.name, settings)
+
+
+def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.Namespace) -> Table | None:
+    """Compares contenders. If one fails, its row says so, and the others go on. None if none is of this task."""
+    contenders = [contender for contender in contenders if contender.task in (None, group.task)]
+    if not contenders:
+        return None
+    probe = probe_of(args.device, group.dtype)
     say(f"{group}: warming up")
     torch.compiler.reset()  # earlier shapes must not count against this group's limit of recompilations
-    images, targets = random_batch(group.batch, group.img_size, args.device, args.memory_format)
+    batch = random_batch(group.batch, group.img_size, args.device, args.memory_format)
     rows, steps = {}, {}
-    for contender in contenders:
-        if contender.task not in (None, group.task):
-            continue
-        row = rows[contender.label] = Row(group, contender, Timing())
-        try:
-            dtype = DTYPES[group.dtype]
-            step = Step(contender, images, targets, group.task, dtype, args.compile_mode, args.freeze)
-            row.timing = warm_up(step, args.warmup)
-            row.peak_bytes = measured_peak(step)
-            steps[contender.label] = step
-        except Exception as error:  # any model's or compiler's own
-            row.timing.problem = describe(error)
-        step = None  # so that `steps` alone holds it
-        if row.timing.problem:
-            say(f"{contender.label}: {row.timing.problem}")
-            release(args.device)  # only now is the error gone; its traceback held tensors
-    say(f"{group}: timing {len(steps)} in turn")
-    interleave(steps, {label: row.timing for label, row in rows.items()}, args.rounds, args.seconds)
+    with ExitStack() as processes:
+        for contender in contenders:
+            row = rows[contender.label] = Row(group, contender, Timing())
+            try:
+                step = build_step(contender, group, args, batch)
+                if contender.revision:
+                    processes.callback(step.close)
+                row.timing = warm_up(step, args.warmup)
+                row.peak_bytes = step.measured_peak() if contender.revision else measured_peak(step)
+                steps[contender.label] = step
+            except Exception as error:  # any model's or compiler's own
+                row.timing.problem = describe(error)
+            step = None  # so that `steps` alone holds it
+            if row.timing.problem:
+                say(f"{contender.label}: {row.timing.problem}")
+                release(args.device)  # only now is the error gone; its traceback held tensors
+        say(f"{group}: timing {len(steps)} in turn")
+        ceilings, others, load = [], [], OtherLoad()
+
+        def on_round(order: list[str]) -> None:
+            others.append(load.look())
+            ceilings.append(probe.measure())
+
+        interleave(steps, {label: row.timing for label, row in rows.items()}, args.rounds, args.seconds, on_round)
+        others = [*others[1:], load.look()]  # a look is at the round before it
+        steps.clear()
     for row in rows.values():
-        if not row.timing.seconds:
-            continue
-        seconds = Quartiles.of(row.timing.seconds).median
-        work = work_of(row.contender.model, group.batch, group.img_size)
-        row.matrix_share, row.memory_share = ceilings.shares(work, group.task, seconds, DTYPES[group.dtype].itemsize)
-        literal = rows.get(row.contender.literal)
-        if literal and len(literal.timing.seconds) == len(row.timing.seconds):
-            row.ratio = ratio(row.timing.seconds, literal.timing.seconds)
-    steps.clear()
+        compare_row(row, rows, ceilings)
     release(args.device)
-    return list(rows.values())
+    return Table(group, list(rows.values()), median_ceilings(ceilings or [probe.measure()]), others)
+
+
+def compare_row(row: Row, rows: dict[str, Row], ceilings: Sequence[Ceilings]) -> None:
+    """Fills in what a row has in relation to others of its group, and to the ceilings of its rounds."""
+    seconds = row.timing.seconds
+    if not seconds:
+        return
+    contender, group = row.contender, row.group
+    if not contender.revision:
+        work = work_of(contender.model, group.batch, group.img_size)
+        shares = [
+            each.shares(work, group.task, s, DTYPES[group.dtype].itemsize)
+            for each, s in zip(ceilings, seconds, strict=True)
+        ]
+        row.matrix_share, row.memory_share = (statistics.median(share) for share in zip(*shares, strict=True))
+    revisions = (other for other in rows if contender.is_ours and other.startswith(f"{contender.label}@"))
+    for reference, label in (("literal", contender.literal), ("revision", next(revisions, ""))):
+        other = rows.get(label)
+        if other and len(other.timing.seconds) == len(seconds):
+            row.ratios[reference] = ratio(seconds, other.timing.seconds)
+
+
+def median_ceilings(ceilings: Sequence[Ceilings]) -> Ceilings:
+    return Ceilings(
+        statistics.median(each.flops for each in ceilings),
+        ceilings[0].flops_by,
+        statistics.median(each.bandwidth for each in ceilings),
+    )
 
 
 def release(device: torch.device) -> None:
@@ -171,24 +257,16 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"at least {FEWEST_ROUNDS} rounds. Medians, with quartiles in brackets; the ratio is taken round by round.",
         "The literal equations do not update BatchNorm's running statistics in training; the others do.",
         "Peak: of one step, weights, gradients and AdamW's moments included; not known under CUDA graphs.",
+        "Of the matrix ceiling: 2 x multiply-adds x images/s; of the memory ceiling: the operands and results of "
+        "convolutions and matrix products, each read or written once, in the run's dtype. Both count three forward "
+        "passes for a training step, and the model as it is defined, whatever its mode. The ceilings are measured "
+        "anew in each round.",
     ]
+    if args.against:
+        said.append(f"NAME@{args.against}: the same model by the code of that revision, in a process of its own.")
     if args.device.type == "cuda":
         said.append("TF32 is on for products in float32, and cudnn.benchmark is on.")
     return said
-
-
-def ceiling_lines(dtypes: Sequence[str], device: torch.device) -> str:
-    rows = []
-    for dtype in dtypes:
-        ceilings = ceilings_of(device, dtype)
-        rows.append((dtype, f"{ceilings.flops / 1e12:.3f}", ceilings.flops_by, f"{ceilings.bandwidth / 1e9:.1f}"))
-    return (
-        "The machine's ceilings, measured in this run:\n\n"
-        + markdown(("dtype", "TFLOP/s", "by", "memory, GB/s"), rows)
-        + "\nOf the matrix ceiling: 2 x multiply-adds x images/s; of the memory ceiling: the operands and results of "
-        "convolutions and matrix products, each read or written once, in the run's dtype. Both count three forward "
-        "passes for a training step, and the model as it is defined, whatever its mode.\n"
-    )
 
 
 def as_groups(args: argparse.Namespace) -> list[Group]:
@@ -291,22 +369,22 @@ def run_growth(
 
 def run_comparison(args: argparse.Namespace, contenders: Sequence[Contender], about: dict, settings: dict) -> None:
     """Measures group after group, and writes JSON and Markdown after each."""
-    tables, rows = [], []
+    tables: list[Table] = []
     for group in as_groups(args):
-        found = measure_group(group, contenders, args)
-        if not found:
+        table = measure_group(group, contenders, args)
+        if table is None:
             continue
-        rows += found
-        tables.append(f"## {group}\n\n{markdown(TITLES, [row.cells() for row in found])}")
-        print(f"{tables[-1]}", flush=True)
-        ceilings = {
-            dtype: asdict(ceilings_of(args.device, dtype)) for dtype in dict.fromkeys(row.group.dtype for row in rows)
+        tables.append(table)
+        print(table.text(args.against), flush=True)
+        data = {
+            "machine": about,
+            "settings": settings,
+            "groups": [{**asdict(t.group), "ceilings": asdict(t.ceilings), "others_share": t.others} for t in tables],
+            "rows": [row.data() for t in tables for row in t.rows],
         }
-        data = {"machine": about, "settings": settings, "ceilings": ceilings, "rows": [row.data() for row in rows]}
-        text = document("Benchmark", about, notes(args), *tables, ceiling_lines(list(ceilings), args.device))
+        text = document("Benchmark", about, notes(args), *(t.text(args.against) for t in tables))
         save(args.output, {".json": json.dumps(data, indent=1), ".md": text})
-    print(ceiling_lines(args.dtypes, args.device))
-    if not any(row.timing.seconds for row in rows):
+    if not any(row.timing.seconds for table in tables for row in table.rows):
         raise UserError("none of the contenders could be run")
 
 
@@ -317,10 +395,27 @@ def run(args: argparse.Namespace) -> None:
     grown = runnable(parse_contenders([args.growth], args.modes), args) if args.growth else []
     set_up(args)
     about = machine(args.device)
-    names = ("memory_format", "compile_mode", "freeze", "warmup", "rounds", "seconds")
+    names = ("memory_format", "compile_mode", "freeze", "warmup", "rounds", "seconds", "against")
     settings = {name: getattr(args, name) for name in names}
     if grown:
         run_growth(args, grown[0], contenders, about, settings)
+    elif args.against:
+        with checkout(args.against) as args.revision_folder:
+            run_comparison(args, with_revision(contenders, args.against), about, settings)
     else:
         run_comparison(args, contenders, about, settings)
     print(f"written: {args.output} and {args.output.with_suffix('.md').name}")
+
+
+def with_revision(contenders: Sequence[Contender], revision: str) -> list[Contender]:
+    """Each of ours is followed by the same of another revision.
+
+    Raises:
+        UserError: none is ours.
+    """
+    found = []
+    for contender in contenders:
+        found += [contender, replace(contender, revision=revision)] if contender.is_ours else [contender]
+    if len(found) == len(contenders):
+        raise UserError("--against: none of the contenders is this project's own model; accepted: strip_mlp_*, ...")
+    return found

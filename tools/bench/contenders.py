@@ -21,6 +21,7 @@ from utils import UserError
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NUM_CLASSES = 1000
+OURS = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("models.")}
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,32 @@ class Contender:
         model: a name that timm knows (ours are registered), or "literal:" and a Strip-MLP's: the equations.
         mode: one of `MODES`.
         is_explicit: whether the user named the mode for this model, and not for all of them.
+        revision: of git, from which the model's code comes; empty for this one.
     """
 
     model: str
     mode: str = "eager"
     is_explicit: bool = True
+    revision: str = ""
 
     @property
-    def label(self) -> str:
+    def name(self) -> str:
+        """As users give it."""
         return self.model if self.mode == "eager" else f"{self.model}:{self.mode}"
 
     @property
+    def label(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+    @property
     def literal(self) -> str:
-        """Label of the contender that its ratio is to: the equations of the same variant, eager."""
+        """Label of the equations of the same variant, eager."""
         return f"{LITERAL}{self.model.removeprefix(LITERAL)}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the model is this project's, and not timm's or the equations."""
+        return self.model in OURS
 
     @property
     def is_reparameterized(self) -> bool:

@@ -20,7 +20,8 @@ DEFAULT = (
 )
 GROWTH_SIZES = (128, 160, 192, 224, 256, 288, 320, 384)
 VARIANTS = ("strip_mlp_tiny_light", "strip_mlp_tiny", "strip_mlp_small", "strip_mlp_base")
-CONFIG = Path(__file__).resolve().parents[2] / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml"
 # A step on a CPU takes a while: with the batch of a GPU, minutes.
 CPU_BATCH = 16
 
@@ -57,6 +58,9 @@ def parse_args(argv: Sequence[str], description: str) -> argparse.Namespace:
     )
     parser.add_argument("--contenders", nargs="+", metavar="CONTENDER", help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="of contenders that name none")
+    parser.add_argument(
+        "--against", metavar="REVISION", help="of git: ours among the contenders are also run as they were there"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
     parser.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 8 on CPU; 256, 128 on CUDA")
     parser.add_argument("--img-sizes", nargs="+", type=int, metavar="S", help="default: 224; with --growth, 128 to 384")
@@ -90,6 +94,8 @@ def parse_args(argv: Sequence[str], description: str) -> argparse.Namespace:
         parser.error(f"--output is {args.output}; accepted: a name that ends in .json")
     if args.growth and any(values and len(values) > 1 for values in (args.batch_sizes, args.dtypes, args.modes)):
         parser.error("--growth takes one of --batch-sizes, --dtypes and --modes")
+    if args.growth and args.against:
+        parser.error("--growth and --against exclude each other")
     args.img_sizes = args.img_sizes or (list(GROWTH_SIZES) if args.growth else [224])
     if args.growth and (len(set(args.img_sizes)) < 2 or any(size % 32 for size in args.img_sizes)):
         parser.error(f"--img-sizes {' '.join(map(str, args.img_sizes))}: --growth takes two or more multiples of 32")

@@ -92,33 +92,49 @@ class Ceilings:
         return matrix, work.elements * itemsize * passes / seconds / self.bandwidth
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, budget: float = 3.0) -> Ceilings:
-    """The best of several products (square matrices, and a 1 x 1 convolution, which on the CPU goes through another
-    library) and of a copy and a sum of large vectors.
+class Probe:
+    """Measures the machine's ceilings: the best of several products (square matrices, and a 1 x 1 convolution, which on
+    the CPU goes through another library), and of a copy and a sum of large vectors.
 
     Args:
-        budget: seconds, roughly; each is run at least twice.
+        budget: seconds for the first measurement, roughly; each product is run at least twice.
     """
-    sides = (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048)
-    reached: dict[str, float] = {}
-    with torch.inference_mode():
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, budget: float = 3.0):
+        self.device = device
+        sides = (4096, 8192, 16384) if device.type == "cuda" else (512, 1024, 2048)
+        reached: dict[str, float] = {}
         for side in sides:
-            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            # The same product, as a convolution of one image with `side` channels and `side` pixels
-            image = a.view(1, 16, side // 16, side).permute(0, 3, 1, 2)
-            kernel = b.view(side, side, 1, 1)
-            products = {"linear": lambda a=a, b=b: F.linear(a, b), "conv2d": lambda x=image, k=kernel: F.conv2d(x, k)}
-            for name, product in products.items():
-                with contextlib.suppress(RuntimeError):  # not every library has every dtype
-                    seconds = _fastest(product, device, budget / 3 / len(products) / len(sides))
+            for name, product in self._products(side, dtype).items():
+                with contextlib.suppress(RuntimeError), torch.inference_mode():  # not every library has every dtype
+                    seconds = _fastest(product, device, budget / 3 / 2 / len(sides))
                     reached[f"{name} of {side} x {side}"] = 2 * side**3 / seconds
-        # Far more than any cache holds
-        count = (1 << 30 if device.type == "cuda" else 1 << 28) // 4
-        source, other, target = (torch.ones(count, device=device) for _ in range(3))
-        copy = _fastest(lambda: target.copy_(source), device, budget / 3)
-        triad = _fastest(lambda: torch.add(source, other, alpha=0.5, out=target), device, budget / 3)
-    best = max(reached, key=reached.__getitem__)
-    return Ceilings(reached[best], best, max(2 * 4 * count / copy, 3 * 4 * count / triad))
+        self.by = max(reached, key=reached.__getitem__)
+        name, _, side = self.by.partition(" of ")
+        self.side = int(side.partition(" ")[0])
+        self.product = self._products(self.side, dtype)[name]
+
+    def _products(self, side: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+        a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
+        # The same product, as a convolution of one image with `side` channels and `side` pixels
+        image = a.view(1, 16, side // 16, side).permute(0, 3, 1, 2)
+        kernel = b.view(side, side, 1, 1)
+        return {"linear": lambda: F.linear(a, b), "conv2d": lambda: F.conv2d(image, kernel)}
+
+    def measure(self, budget: float = 0.0) -> Ceilings:
+        """The product that was the fastest, and the copy or the sum.
+
+        Args:
+            budget: seconds, roughly; each is run at least twice.
+        """
+        with torch.inference_mode():
+            flops = 2 * self.side**3 / _fastest(self.product, self.device, budget / 3)
+            # Far more than any cache holds
+            count = (1 << 30 if self.device.type == "cuda" else 1 << 28) // 4
+            source, other, target = (torch.ones(count, device=self.device) for _ in range(3))
+            copy = _fastest(lambda: target.copy_(source), self.device, budget / 3)
+            triad = _fastest(lambda: torch.add(source, other, alpha=0.5, out=target), self.device, budget / 3)
+        return Ceilings(flops, self.by, max(2 * 4 * count / copy, 3 * 4 * count / triad))
 
 
 def _fastest(work: Callable[[], object], device: torch.device, budget: float) -> float:

@@ -1,17 +1,20 @@
 """Timing steps side by side: in turn, in an order that rotates, so that what disturbs the machine disturbs them all."""
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from tqdm import tqdm
 
 from bench.contenders import Step
 from bench.options import FEWEST_ROUNDS
 
+WIDE = 0.15  # of the median: quartiles further apart say that something else was at work
 SHORTEST = 0.05  # seconds that a timing should last, so that the clock and the wait for the device do not show
 
 
@@ -44,6 +47,38 @@ class Quartiles:
     def of(cls, numbers: Sequence[float]) -> "Quartiles":
         low, median, high = statistics.quantiles(numbers, n=4, method="inclusive")
         return cls(median, low, high)
+
+    @property
+    def remark(self) -> str:
+        """What to hold against the median, if they are far apart."""
+        spread = (self.high - self.low) / self.median
+        return f"unsteady: quartiles {100 * spread:.0f} % apart" if spread > WIDE else ""
+
+
+class OtherLoad:
+    """The share of the processors' time that is not this process's, nor its children's, since the last look."""
+
+    def __init__(self) -> None:
+        self.before = self._times()
+
+    def look(self) -> float:
+        """From 0 to 1."""
+        now = self._times()
+        total, busy, own = (b - a for a, b in zip(self.before, now, strict=True))
+        self.before = now
+        return max(0.0, min(1.0, (busy - own) / total)) if total > 0 else 0.0
+
+    @staticmethod
+    def _times() -> tuple[float, float, float]:
+        """Seconds in all, busy, and busy for this process and its children."""
+        times, own = psutil.cpu_times(), 0.0
+        this = psutil.Process()
+        for process in (this, *this.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own += sum(process.cpu_times()[:2])
+        # A guest's time is part of "user" too.
+        total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        return total, total - times.idle - getattr(times, "iowait", 0.0), own
 
 
 def describe(error: Exception) -> str:
