@@ -90,10 +90,10 @@ def popen(*command, **kwargs):
         process.wait()
 
 
-def wait_for_log(log: Path, text: str, process: subprocess.Popen) -> None:
+def wait_for_log(log: Path, text: str, run: Run) -> None:
     deadline = time.monotonic() + 90
     while not (log.exists() and text in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and run.running
         time.sleep(0.02)
 
 
@@ -245,14 +245,13 @@ def test_signal_before_training_begins(tmp_path):
 
 def test_ctrl_c_where_the_console_goes_away_with_it(tmp_path):
     """As in `python main.py ... 2>&1 | tee log`."""
-    reading, writing = os.pipe()
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with popen(*command(tmp_path), stdout=subprocess.DEVNULL, stderr=writing, **listening) as process:
-        os.close(writing)
-        wait_for_log(tmp_path / FOLDER / "log_rank0.txt", "epoch 1/2 step 3", process)
-        os.close(reading)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 75
+    os.mkfifo(tmp_path / "console")
+    reading = os.open(tmp_path / "console", os.O_RDONLY | os.O_NONBLOCK)
+    run = Run(*command(tmp_path), stderr=tmp_path / "console")
+    wait_for_log(tmp_path / FOLDER / "log_rank0.txt", "epoch 1/2 step 3", run)
+    os.close(reading)
+    run.kill(signal.SIGINT)
+    assert run.wait(30) == 75
     assert read_training_state(tmp_path / FOLDER / "last.pth")["progress"]["step"] >= 3
 
 
@@ -570,8 +569,8 @@ def test_process_that_has_ended_does_not_run():
     assert not process_runs(process.pid)
 
 
-def torchrun() -> tuple:
-    return ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
+def torchrun(*arguments) -> Run:
+    return Run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), *arguments)
 
 
 def test_torchrun_brings_a_killed_process_back(tmp_path):
@@ -581,23 +580,27 @@ def test_torchrun_brings_a_killed_process_back(tmp_path):
         assert run.wait() == 0
     log = tmp_path / "b" / FOLDER / "log_rank0.txt"
     options = ("--max-restarts", "3", "--monitor-interval", "0.1")
-    job = command(tmp_path / "b", "--batch-size", 32, opts=("SAVE_STEPS", 3))
-    with popen(*torchrun(), *options, *job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    launcher = torchrun(*options, *command(tmp_path / "b", "--batch-size", 32, opts=("SAVE_STEPS", 3)))
+    try:
         for epoch, rank in ((1, 1), (2, 0)):
-            wait_for_log(log, f"epoch {epoch}/2 step 6", process)
-            os.kill(sorted(children(process.pid))[-2:][rank], signal.SIGKILL)
-        assert process.wait(120) == 0, log.read_text()
+            wait_for_log(log, f"epoch {epoch}/2 step 6", launcher)
+            os.kill(sorted(children(launcher.process))[-2:][rank], signal.SIGKILL)
+        assert launcher.wait(120) == 0, log.read_text()
+    finally:
+        launcher.kill(signal.SIGKILL, group=True)
     assert log.read_text().count("resumed from") == 2
     assert_same_end(tmp_path / "a" / FOLDER, tmp_path / "b" / FOLDER)
 
 
 def test_torchrun_passes_a_signal_on(tmp_path):
     log = tmp_path / FOLDER / "log_rank0.txt"
-    job = command(tmp_path, "--batch-size", 32, opts=("DATA.NUM_WORKERS", 2))
-    with popen(*torchrun(), *job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for_log(log, "epoch 1/2 step 4", process)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    launcher = torchrun(*command(tmp_path, "--batch-size", 32, opts=("DATA.NUM_WORKERS", 2)))
+    try:
+        wait_for_log(log, "epoch 1/2 step 4", launcher)
+        launcher.kill(signal.SIGTERM)
+        launcher.wait(60)
+    finally:
+        launcher.kill(signal.SIGKILL, group=True)
     assert "saved in" in log.read_text()
     assert read_training_state(tmp_path / FOLDER / "last.pth")["progress"]["step"] >= 4
 
