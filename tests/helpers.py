@@ -125,8 +125,9 @@ class Run:
     """A script of the project that runs in a process, and process group, of its own.
 
     Args:
-        command: a script, by its path from the top folder, and its arguments.
+        command: a script, by its path from the top folder, and its arguments; or `-m`, a module and its arguments.
         folder: for its output.
+        stderr: where else the errors go.
     """
 
     _zygote: subprocess.Popen | None = None
@@ -134,16 +135,18 @@ class Run:
     _unread: ClassVar[bytes] = b""
     _ended: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, *command, folder: Path | None = None, cwd: Path = ROOT, **env: str):
+    def __init__(self, *command, folder: Path | None = None, stderr: Path | None = None, cwd: Path = ROOT, **env: str):
         cls = type(self)
         if cls._zygote is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
             cls._zygote = subprocess.Popen([sys.executable, ROOT / "tests/zygote.py"], env=environment(), **pipes)
         self.id = str(next(cls._ids))
         folder = Path(tempfile.mkdtemp()) if folder is None else folder
-        self._out, self._err = folder / f"stdout{self.id}", folder / f"stderr{self.id}"
-        script, *arguments = map(str, command)
-        request = {"id": self.id, "command": [str(ROOT / script), *arguments], "cwd": str(cwd)}
+        self._out, self._err = folder / f"stdout{self.id}", stderr or folder / f"stderr{self.id}"
+        words = list(map(str, command))
+        if words[0] != "-m":
+            words[0] = str(ROOT / words[0])
+        request = {"id": self.id, "command": words, "cwd": str(cwd)}
         request |= {"env": environment(**env), "stdout": str(self._out), "stderr": str(self._err)}
         cls._zygote.stdin.write(json.dumps(request).encode() + b"\n")
         while (answer := cls._answer())[:2] != ["started", self.id]:
@@ -211,7 +214,7 @@ def start_processes(count: int, *command, **env: str) -> list[Run]:
 
 def python(*command, ok: bool = True, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     """Runs `python <command>` from the top folder as a user would, on one thread, and checks how it ended."""
-    if str(command[0]).endswith(".py"):
+    if str(command[0]).endswith(".py") or command[0] == "-m":
         run = Run(*command, cwd=cwd, **env)
         result = subprocess.CompletedProcess(command, run.wait(), run.stdout, run.stderr)
     else:

@@ -79,6 +79,11 @@ def children(process: int) -> list[int]:
     return found
 
 
+def cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")  # its own, in user mode
+
+
 @contextlib.contextmanager
 def popen(*command, **kwargs):
     """A process of its own, outside of the zygote, which is killed in the end."""
@@ -90,10 +95,10 @@ def popen(*command, **kwargs):
         process.wait()
 
 
-def wait_for_log(log: Path, text: str, process: subprocess.Popen) -> None:
+def wait_for_log(log: Path, text: str, run: Run) -> None:
     deadline = time.monotonic() + 90
     while not (log.exists() and text in log.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and run.running
         time.sleep(0.02)
 
 
@@ -113,27 +118,25 @@ def undisturbed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def augmented(tmp_path_factory) -> tuple:
-    """A command with all of the recipe's augmentation, on 240 images: 30 short steps per epoch of batch 8."""
-    data = write_image_folder(tmp_path_factory.mktemp("data"), train=240, val=9, classes=3)
+    """A command with all of the recipe's augmentation, on 160 images: 20 short steps per epoch of batch 8."""
+    data = write_image_folder(tmp_path_factory.mktemp("data"), train=160, val=9, classes=3)
     return ("main.py", "--cfg", "configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml", "--data-path", data)
 
 
 @pytest.mark.parametrize(
     ("processes", "workers", "amp", "accumulation", "fine_tuning"),
     [
-        (1, 0, "off", 1, ()),
         (1, 2, "off", 3, ()),
         (1, 2, "bfloat16", 1, ("TRAIN.EMA_DECAY", 0.9, "TRAIN.LAYER_DECAY", 0.8, "TRAIN.FREEZE", "stages.1")),
         (1, 0, "float16", 2, ()),
-        (2, 0, "off", 1, ("TRAIN.EMA_DECAY", 0.9)),
         (2, 2, "on", 2, ()),
-        (3, 0, "off", 1, ()),
+        (3, 0, "off", 1, ("TRAIN.EMA_DECAY", 0.9)),
     ],
 )
 def test_a_run_killed_again_and_again_ends_as_one_never_stopped(
     processes, workers, amp, accumulation, fine_tuning, augmented, tmp_path
 ):
-    """SIGTERM and SIGKILL in turn, at random steps; on two processes, to either of them."""
+    """SIGTERM and SIGKILL in turn, at random steps; on several processes, to any of them."""
     flags = ("--amp", amp, "--accumulation-steps", accumulation, "--batch-size", (8, 8, 4, 2)[processes], "--output")
     opts = ("--opts", *TINY, *TWO_EPOCHS, "DATA.NUM_WORKERS", workers, "TRAIN.BASE_LR", 0.02)
     opts += fine_tuning
@@ -143,7 +146,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(
     folder = tmp_path / "b" / "smlp_tiny_alpha3_patch4_224_imagenet1k/default"
     generator = random.Random(f"{processes} {workers} {amp} {accumulation}")
     rounds = [signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
-    most = 60 // accumulation // len(rounds) - 1
+    most = 40 // accumulation // len(rounds) - 1
     for number in rounds:
         runs = start(processes, *augmented, *flags, tmp_path / "b", *opts)
         victim = generator.choice(runs)
@@ -165,8 +168,9 @@ def test_a_run_killed_again_and_again_ends_as_one_never_stopped(
     assert_same_end(tmp_path / "a" / folder.relative_to(tmp_path / "b"), folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGUSR1, 2)]
+)
 def test_signal_to_the_whole_group(number, workers, undisturbed, tmp_path):
     """As a terminal, torchrun and Slurm send it: the loader processes get it too."""
     opts = ("DATA.NUM_WORKERS", workers)
@@ -207,7 +211,9 @@ def test_second_signal_exits_at_once(tmp_path):
     flags = ("--batch-size", 200, "--accumulation-steps", 8, "--output", tmp_path)
     run = Run(*PICO, *flags, "--opts", "DATA.NUM_WORKERS", 0, "DATA.IMG_SIZE", 64)
     run.wait_for("steps per epoch")
-    time.sleep(0.3)
+    before = cpu_seconds(run.process)
+    while cpu_seconds(run.process) < before + 0.3:  # however busy the machine, the step has begun by then
+        time.sleep(0.01)
     run.kill(signal.SIGTERM)
     run.wait_for("SIGTERM: stopping after this step; a second signal exits at once")
     run.kill(signal.SIGUSR1)  # within the same second: the same request
@@ -245,14 +251,13 @@ def test_signal_before_training_begins(tmp_path):
 
 def test_ctrl_c_where_the_console_goes_away_with_it(tmp_path):
     """As in `python main.py ... 2>&1 | tee log`."""
-    reading, writing = os.pipe()
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with popen(*command(tmp_path), stdout=subprocess.DEVNULL, stderr=writing, **listening) as process:
-        os.close(writing)
-        wait_for_log(tmp_path / FOLDER / "log_rank0.txt", "epoch 1/2 step 3", process)
-        os.close(reading)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 75
+    os.mkfifo(tmp_path / "console")
+    reading = os.open(tmp_path / "console", os.O_RDONLY | os.O_NONBLOCK)
+    run = Run(*command(tmp_path), stderr=tmp_path / "console")
+    wait_for_log(tmp_path / FOLDER / "log_rank0.txt", "epoch 1/2 step 3", run)
+    os.close(reading)
+    run.kill(signal.SIGINT)
+    assert run.wait(30) == 75
     assert read_training_state(tmp_path / FOLDER / "last.pth")["progress"]["step"] >= 3
 
 
@@ -281,13 +286,17 @@ def test_processes_may_be_fewer_after_a_restart(undisturbed, tmp_path):
     result = python(*command(tmp_path, "--batch-size", 64))
     assert "the global batch was" not in result.stdout
     assert f"epoch 1/2 step {step + 1}/22" in result.stdout
+    assert f"epoch 1/2 step {step}/22" not in result.stdout
     for found, expected in zip(metrics(tmp_path / FOLDER), metrics(undisturbed), strict=True):
         # Each process normalises over its half of the batch, so the losses are not the same.
         assert found[1:3] == pytest.approx(expected[1:3], rel=0.08)
 
-    result = python(*command(tmp_path / "other", "--batch-size", 16))
-    assert "the global batch was 64 images (2 processes), is 16 (1)" in result.stdout
-    assert f"epoch 1/2 step {4 * step + 1}/89" in result.stdout
+    other = Run(*command(tmp_path / "other", "--batch-size", 16))
+    other.wait_for(f"epoch 1/2 step {4 * step + 1}/89")
+    other.kill(signal.SIGKILL)
+    other.wait()
+    assert "the global batch was 64 images (2 processes), is 16 (1)" in other.stdout
+    assert f"epoch 1/2 step {4 * step}/89" not in other.stdout
 
 
 # Checkpoints
@@ -307,14 +316,21 @@ def test_checkpoints_inside_an_epoch(key, tmp_path):
     assert {16} <= seen - {0} <= {8, 16} if key == "SAVE_STEPS" else len(seen - {0}) >= 3
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "gone"])
-def test_damaged_newest_checkpoint(damage, undisturbed, tmp_path):
-    """The one before is taken, the damaged one is kept under another name."""
-    opts = ("SAVE_STEPS", 5)
-    run = Run(*command(tmp_path, opts=opts))
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """The output of a run that was killed in its second epoch, with two checkpoints."""
+    output = tmp_path_factory.mktemp("killed")
+    run = Run(*command(output, opts=("SAVE_STEPS", 5)))
     run.wait_for("epoch 2/2 step 12")
     run.kill(signal.SIGKILL)
     run.wait()
+    return output
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "gone"])
+def test_damaged_newest_checkpoint(damage, killed, undisturbed, tmp_path):
+    """The one before is taken, the damaged one is kept under another name."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     last, previous = (tmp_path / FOLDER / name for name in ("last.pth", "previous.pth"))
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 4
@@ -322,7 +338,7 @@ def test_damaged_newest_checkpoint(damage, undisturbed, tmp_path):
     last.unlink()
     if content is not None:
         last.write_bytes(content)
-    result = python(*command(tmp_path, opts=opts))
+    result = python(*command(tmp_path, opts=("SAVE_STEPS", 5)))
     if damage == "gone":
         assert f"last.pth is gone; going on from {previous}" in result.stdout
     else:
@@ -450,11 +466,12 @@ def test_second_run_in_one_folder(undisturbed, tmp_path):
 def test_loader_process_that_is_killed(processes, tmp_path):
     """All processes end, with a checkpoint, from which the run goes on as if nothing had been."""
     flags = ("--accumulation-steps", 2, "--batch-size", 64 // processes)
-    opts = ("DATA.NUM_WORKERS", 2, "SAVE_STEPS", 0, "AUG.COLOR_JITTER", 0.4)  # which is drawn by loader processes
+    opts = ("TRAIN.EPOCHS", 1, "SAVE_STEPS", 0)
+    opts += ("DATA.NUM_WORKERS", 2, "AUG.COLOR_JITTER", 0.4)  # which is drawn by loader processes
     for run in start(processes, *command(tmp_path / "a", *flags, opts=opts)):
         assert run.wait() == 0
     runs = start(processes, *command(tmp_path / "b", *flags, opts=opts))
-    runs[0].wait_for("epoch 1/2 step 2")
+    runs[0].wait_for("epoch 1/1 step 2")
     victim = runs[-1]
     os.kill(max(children(victim.process)), signal.SIGKILL)
     assert [run.wait(60) for run in runs] == [1] * processes
@@ -529,15 +546,15 @@ with dog:
 def test_process_that_waits_for_another(what, tmp_path):
     """Gloo does not always notice that another process has gone. If it was killed, or rank 0 with the processes' store,
     there is no need to wait for TIMEOUT."""
-    script, timeout = tmp_path / "waiting.py", 1000 if what in ("killed", "store lost") else 8
+    script, timeout = tmp_path / "waiting.py", 1000 if what in ("killed", "store lost") else 4
     script.write_text(WAITING_FOR_THE_DEAD)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with popen("-c", STORE, env["MASTER_PORT"], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline() == "there\n"
         store = dist.TCPStore("127.0.0.1", int(env["MASTER_PORT"]), is_master=False)
-        other = Run(script, 1, 1000, 0, 3 if what == "finished" else 300, **env)
+        other = Run(script, 1, 1000, 0, 1 if what == "finished" else 300, **env)
         store.wait(["/watchdog/1"], timedelta(seconds=60))
-        waiting = Run(script, 0, timeout, 12 if what == "store lost" else 0, 300, **env)
+        waiting = Run(script, 0, timeout, 8 if what == "store lost" else 0, 300, **env)
         try:
             store.wait(["/watchdog/0"], timedelta(seconds=60))
             if what == "store lost":
@@ -553,8 +570,8 @@ def test_process_that_waits_for_another(what, tmp_path):
         "killed": f"no progress for 2 seconds, and {name} has ended; here: adding up gradients; this process exits",
         "store lost": "no progress for 2 seconds since the processes' store (torchrun's, or else rank 0's) was lost",
     }
-    assert expected.get(what, "no progress for 8 seconds (TIMEOUT)") in waiting.stdout
-    assert waiting.stdout.count("step\n") == (12 if what == "store lost" else 0)  # all: meanwhile there was progress
+    assert expected.get(what, "no progress for 4 seconds (TIMEOUT)") in waiting.stdout
+    assert waiting.stdout.count("step\n") == (8 if what == "store lost" else 0)  # all: meanwhile there was progress
     assert "waiting.py" in waiting.stderr  # the stack
 
 
@@ -570,8 +587,8 @@ def test_process_that_has_ended_does_not_run():
     assert not process_runs(process.pid)
 
 
-def torchrun() -> tuple:
-    return ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
+def torchrun(*arguments) -> Run:
+    return Run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), *arguments)
 
 
 def test_torchrun_brings_a_killed_process_back(tmp_path):
@@ -581,23 +598,27 @@ def test_torchrun_brings_a_killed_process_back(tmp_path):
         assert run.wait() == 0
     log = tmp_path / "b" / FOLDER / "log_rank0.txt"
     options = ("--max-restarts", "3", "--monitor-interval", "0.1")
-    job = command(tmp_path / "b", "--batch-size", 32, opts=("SAVE_STEPS", 3))
-    with popen(*torchrun(), *options, *job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    launcher = torchrun(*options, *command(tmp_path / "b", "--batch-size", 32, opts=("SAVE_STEPS", 3)))
+    try:
         for epoch, rank in ((1, 1), (2, 0)):
-            wait_for_log(log, f"epoch {epoch}/2 step 6", process)
-            os.kill(sorted(children(process.pid))[-2:][rank], signal.SIGKILL)
-        assert process.wait(120) == 0, log.read_text()
+            wait_for_log(log, f"epoch {epoch}/2 step 6", launcher)
+            os.kill(sorted(children(launcher.process))[-2:][rank], signal.SIGKILL)
+        assert launcher.wait(120) == 0, log.read_text()
+    finally:
+        launcher.kill(signal.SIGKILL, group=True)
     assert log.read_text().count("resumed from") == 2
     assert_same_end(tmp_path / "a" / FOLDER, tmp_path / "b" / FOLDER)
 
 
 def test_torchrun_passes_a_signal_on(tmp_path):
     log = tmp_path / FOLDER / "log_rank0.txt"
-    job = command(tmp_path, "--batch-size", 32, opts=("DATA.NUM_WORKERS", 2))
-    with popen(*torchrun(), *job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for_log(log, "epoch 1/2 step 4", process)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    launcher = torchrun(*command(tmp_path, "--batch-size", 32, opts=("DATA.NUM_WORKERS", 2)))
+    try:
+        wait_for_log(log, "epoch 1/2 step 4", launcher)
+        launcher.kill(signal.SIGTERM)
+        launcher.wait(60)
+    finally:
+        launcher.kill(signal.SIGKILL, group=True)
     assert "saved in" in log.read_text()
     assert read_training_state(tmp_path / FOLDER / "last.pth")["progress"]["step"] >= 4
 

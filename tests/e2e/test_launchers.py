@@ -145,13 +145,23 @@ def test_batch_script_and_shell_of_slurm_are_alone(inside, image_folder, tmp_pat
 
 
 def test_shell_wrappers(image_folder, tmp_path):
+    """One really starts Python, twice over; of the other, what it would start is run."""
     options = ["--data-path", image_folder, "--batch-size", "8", "--output", tmp_path, "--opts", *TINY]
-    for tool, expected in (("dist_train.sh", "epoch 1/1 top-1"), ("dist_eval.sh", "on 7 images")):
-        command = ["bash", f"tools/{tool}", CONFIG[1], "2", *options]
-        env = environment(PYTHON=sys.executable, PORT=free_port())
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+    def printed(tool: str, processes: int, interpreter) -> str:
+        words = ["bash", f"tools/{tool}", CONFIG[1], str(processes), *options]
+        env = environment(PYTHON=str(interpreter), PORT=free_port())
+        result = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
-        assert expected in result.stdout
+        return result.stdout
+
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    interpreter.chmod(0o755)
+    trained = python(*printed("dist_train.sh", 2, interpreter).splitlines())
+    assert "epoch 1/1 top-1" in trained.stdout
+    assert read_metrics(tmp_path / RUN)[-1]["processes"] == 2
+    assert "on 7 images" in printed("dist_eval.sh", 1, sys.executable)
 
 
 def start_machines(tmp_path, *command):

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -19,7 +17,7 @@ from paired import compare, read_results
 
 from config import load_config, save_config
 from runtime.per_image import CORRECT, save_correct
-from tests.helpers import ROOT, environment, python
+from tests.helpers import ROOT, Run, python
 from utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -147,36 +145,27 @@ def test_stopped_and_continued(configs, image_folder, tmp_path):
     folder = configs(wide=setting("STRIP_WIDTH: 5"))
     output = tmp_path / "out"
     command = ["tools/ablate.py", folder, "--data-path", image_folder, "--seeds", "0", "--output", output]
-    command += ["--epochs", "60"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    command += ["--epochs", "20"]
+    process = Run(*command)
     metrics = output / "small/base_seed0/metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None
+        assert process.running
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, out
-    assert "stopped; the same command goes on" in out
+    process.kill(signal.SIGINT, group=True)  # as Ctrl-C does
+    assert process.wait(60) == 75, process.stdout
+    assert "stopped; the same command goes on" in process.stdout
     done = read_run(metrics.parent).epochs
-    assert 3 <= done < 60
+    assert 3 <= done < 20
     assert not (output / "small/wide_seed0").exists()
-    assert f"base seed 0: stopped after {done} of 60 epochs" in (output / "ablation.md").read_text()
+    assert f"base seed 0: stopped after {done} of 20 epochs" in (output / "ablation.md").read_text()
 
     result = python(*command)
     assert f"base seed 0, goes on after {done} epochs" in result.stdout
     assert "resumed from" in (metrics.parent / "log_rank0.txt").read_text()
     assert read_run(metrics.parent).finished
-    assert read_run(output / "small/wide_seed0").epochs == 60
+    assert read_run(output / "small/wide_seed0").epochs == 20
 
 
 # Which runs there are
