@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.fx import wrap
 from torch.utils.checkpoint import checkpoint
 
+from .depthwise import depthwise_conv2d
+
 # On CPUs, maps of at most so many tokens, and strips along axes of at most so many, are faster as matrix products than
 # as oneDNN's convolutions. docs/speed.md has the times.
 SMALL_MAP, SHORT_AXIS = 16, 4
@@ -50,11 +52,44 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, form: str |
             fixed cost; or "conv", the default elsewhere: on x86 processors oneDNN's convolutions are about twice as
             fast as the matrix products of PyTorch's builds unless the processor is Intel's.
     """
-    small = by_size(x) and x.shape[-2] * x.shape[-1] <= SMALL_MAP
-    if (form or ("linear" if on_gpu(x) or small else "conv")) == "linear":
+    if (form or pointwise_form(x)) == "linear":
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
     # A convolution's weight as it is, for what looks for it in an exported graph.
-    return F.conv2d(x, weight if weight.ndim == 4 else weight[:, :, None, None], bias)
+    return F.conv2d(x, weight if weight.ndim == 4 else weight[:, :, None, None], bias, dilation=pointwise_dilation(x))
+
+
+def pointwise_form(x: Tensor) -> str:
+    """The default form of `pointwise` for its input."""
+    small = by_size(x) and x.shape[-2] * x.shape[-1] <= SMALL_MAP
+    return "linear" if on_gpu(x) or small else "conv"
+
+
+def pointwise_dilation(x: Tensor) -> int:
+    """Nothing for kernels of one pixel, but with one thread PyTorch leaves oneDNN for a slow product of its own where
+    1 x 1 convolutions of fewer than 16 images have no dilation."""
+    return 2 if by_size(x) and x.device.type == "cpu" else 1
+
+
+def pointwise_input_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `pointwise` for x."""
+    if pointwise_form(x) == "linear":
+        return (gradient.permute(0, 2, 3, 1) @ weight.flatten(1)).permute(0, 3, 1, 2)
+    return _pointwise_backward(gradient, x, weight, [True, False, False])[0]
+
+
+def pointwise_weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of `pointwise` for its weight."""
+    if pointwise_form(x) == "linear":
+        rows, columns = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (gradient, x))
+        return (rows.T @ columns).view_as(weight)
+    return _pointwise_backward(gradient, x, weight, [False, True, False])[1].view_as(weight)
+
+
+def _pointwise_backward(gradient: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+    kernel, dilation = weight if weight.ndim == 4 else weight[:, :, None, None], [pointwise_dilation(x)] * 2
+    return torch.ops.aten.convolution_backward(
+        gradient, x, kernel, None, [1, 1], [0, 0], dilation, False, [0, 0], 1, mask
+    )
 
 
 class PointwiseConv(nn.Conv2d):
@@ -89,13 +124,6 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise(x, self.weight)
 
 
-class GELUDepthwiseConv(DepthwiseConv):
-    """DWConv(GELU(x)), where GELU(x) is recomputed in the backward pass (see `recompute`)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu_depthwise(x, self.weight)
-
-
 @wrap
 def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """Depthwise convolution with zeros around the map.
@@ -108,13 +136,7 @@ def depthwise(x: Tensor, weight: Tensor) -> Tensor:
     """
     if by_size(x):
         weight = reachable(reachable(weight, -2, x.shape[-2]), -1, x.shape[-1])
-    return F.conv2d(x, weight, padding=(weight.shape[-2] // 2, weight.shape[-1] // 2), groups=weight.shape[0])
-
-
-@wrap
-def gelu_depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """depthwise(GELU(x), weight)."""
-    return recompute(lambda y: depthwise(F.gelu(y), weight), x)
+    return depthwise_conv2d(x, weight)
 
 
 def reachable(weight: Tensor, axis: int, length: int) -> Tensor:
@@ -261,6 +283,14 @@ def add_positions(x: Tensor, table: Tensor, size: tuple[int, int], r: int) -> Te
 
 
 @wrap
+def map_mean(x: Tensor) -> Tensor:
+    """Mean over the map. Shape: (N, C, H, W) -> (N, C, 1, 1)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # where Tensor.mean takes three times as long
+        return x.sum(dim=(2, 3), keepdim=True) / (x.shape[-2] * x.shape[-1])
+    return x.mean(dim=(2, 3), keepdim=True)
+
+
+@wrap
 def softmax_branches(logits: Tensor, branches: int, dtype: torch.dtype) -> Tensor:
     """Softmax over branches, per image and channel, in `dtype`. Shape: (N, branches C, 1, 1), where branch b of channel
     c is at c * branches + b, -> (branches, N, C, 1, 1)."""
@@ -313,6 +343,11 @@ def grn_scale(x: Tensor, gamma: Tensor) -> Tensor:
     """
     # The compiler fuses the gradient by itself.
     squares = sum_of_squares(x) if torch.compiler.is_compiling() else SumOfSquares.apply(x)
+    return scale_of(squares, gamma)
+
+
+def scale_of(squares: Tensor, gamma: Tensor) -> Tensor:
+    """`grn_scale` from the sums of squares, (N, C, 1, 1)."""
     # A channel that is zero everywhere has a norm, but its gradient would be 0 / 0.
     gx = squares.clamp_min(1e-24).sqrt()
     nx = gx / (gx.mean(dim=1, keepdim=True) + 1e-6)
@@ -328,6 +363,13 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return squares.to(torch.promote_types(squares.dtype, torch.float32))
 
 
+def gradient_of_squares(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of `sum_of_squares` for x, in the dtype of x."""
+    if x.dtype == torch.float16:
+        return (x.float() * (2 * gradient)).half()
+    return x * (2 * gradient).to(x.dtype)
+
+
 class SumOfSquares(torch.autograd.Function):
     """`sum_of_squares` with a cheaper gradient: one pass over the map where autograd takes three, and only x is kept,
     in its own dtype."""
@@ -340,6 +382,4 @@ class SumOfSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if x.dtype == torch.float16:
-            return (x.float() * (2 * gradient)).half()
-        return x * (2 * gradient).to(x.dtype)
+        return gradient_of_squares(x, gradient)

@@ -8,7 +8,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from .ops import DepthwiseConv, GELUDepthwiseConv, PointwiseConv, PointwiseConvLinear
+from .ops import DepthwiseConv, PointwiseConv, PointwiseConvLinear
 from .strip_mlp import StripMLPLayer
 
 
@@ -37,11 +37,6 @@ def plain_layer(module: nn.Module) -> nn.Module:
 @plain_layer.register(DepthwiseConv)
 def _(module: nn.Conv2d) -> nn.Module:
     return conv(module.weight, module.bias, groups=module.groups)
-
-
-@plain_layer.register
-def _(module: GELUDepthwiseConv) -> nn.Module:
-    return nn.Sequential(nn.GELU(), conv(module.weight, None, groups=module.groups))
 
 
 @plain_layer.register

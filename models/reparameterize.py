@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from . import chains
 from .backbone import reparameterized
 from .ops import PointwiseConv
 from .resample import MapSized
@@ -83,8 +84,8 @@ class FoldedStripMixing(MapSized):
         raise ValueError("the model was reparameterized, which is for one size; call set_input_size before that")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.norm(x))
-        x = self.act(self.proj(x))
+        x = chains.norm_gelu_depthwise(x, self.norm, self.act, self.dwconv)
+        x = chains.pointwise_act(x, self.proj, self.act)
         halves = x.chunk(2, dim=1)
         u, v = halves[0], halves[1]
         if not self.cgsmm:

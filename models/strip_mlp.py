@@ -19,7 +19,7 @@ from timm.layers import ClassifierHead, Mlp, trunc_normal_
 from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 
-from . import ops
+from . import chains, ops
 from .backbone import Backbone, check_choice, check_divides, check_multiple, check_odd, merge, reparameterized
 from .resample import MapSized
 
@@ -152,7 +152,7 @@ class CGSMM(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         rows = self.strip_h(self.pos_h(u))
-        z = self.act(self.norm(self.fuse_h(torch.cat([rows, u], dim=1))))  # 2 C' -> C'
+        z = chains.pointwise_norm_gelu(torch.cat([rows, u], dim=1), self.fuse_h, self.norm, self.act)  # 2 C' -> C'
         first, second = (u, z) if self.structure == "cascade" else (z, u)
         columns = self.strip_w(self.pos_w(second))
         return self.fuse_w(torch.cat([first, columns], dim=1))  # 2 C' -> C'
@@ -178,9 +178,9 @@ class LSMM(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         a = self.conv_h(v)
         b = self.conv_w(v)
-        g = (a + b + v).mean(dim=(2, 3), keepdim=True)  # (N, C', 1, 1)
+        g = ops.map_mean(a) + ops.map_mean(b) + ops.map_mean(v)  # (N, C', 1, 1)
         w = ops.softmax_branches(self.reweight(g), 3, v.dtype)  # (3, N, C', 1, 1)
-        return w[0] * b + w[1] * a + w[2] * v
+        return torch.addcmul(torch.addcmul(w[0] * b, w[1], a), w[2], v)
 
 
 class StripMixingBlock(nn.Module):
@@ -200,7 +200,7 @@ class StripMixingBlock(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int], options: StripMixingOptions):
         super().__init__()
         self.norm = nn.BatchNorm2d(dim)
-        self.dwconv = ops.GELUDepthwiseConv(dim, kernel_size=3)
+        self.dwconv = ops.DepthwiseConv(dim, kernel_size=3)
         self.proj = ops.PointwiseConv(dim, dim)
         self.proj_norm = nn.BatchNorm2d(dim)
         self.act = nn.GELU()
@@ -209,8 +209,8 @@ class StripMixingBlock(nn.Module):
         self.fuse = ops.PointwiseConv(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.dwconv(self.norm(x))
-        y = self.act(self.proj_norm(self.proj(y)))
+        y = chains.norm_gelu_depthwise(x, self.norm, self.act, self.dwconv)
+        y = chains.pointwise_norm_gelu(y, self.proj, self.proj_norm, self.act)
         halves = y.chunk(2, dim=1)  # twice (N, C', H, W)
         return self.fuse(torch.cat([self.cgsmm(halves[0]), self.lsmm(halves[1])], dim=1))
 
@@ -241,10 +241,7 @@ class ChannelMlp(nn.Module):
         self.fc2 = ops.PointwiseConvLinear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))  # C -> alpha C
-        if self.grn is None:
-            return self.fc2(x)  # alpha C -> C
-        return self.fc2(x, scale=self.grn(x), shift=self.grn.bias)
+        return chains.mlp(x, self.fc1, self.act, self.grn, self.fc2)  # C -> alpha C -> C
 
 
 class ChannelMixingBlock(nn.Module):
