@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.img_size = as_size(img_size)
         self.num_classes = num_classes
-        self.widths, reductions = by_stage("embed_dim", embed_dim), by_stage("patch_size", patch_size)
+        self.widths, reductions = by_stage("widths", embed_dim), by_stage("patch_size", patch_size)
         check_img_size(self.img_size, reductions[-1])
         self.num_features = self.head_hidden_size = self.widths[-1]
         # timm's: channels, pixels per token side and module of each stage.

@@ -39,7 +39,7 @@ def cycle(x: Tensor, axis: str, form: str | None = None) -> Tensor:
     if (form or ("conv" if convolve else "select")) == "conv":
         kernels = F.one_hot(step, 3).to(x.dtype)  # (C, 3)
         kernels = kernels[:, None, None] if axis == "row" else kernels[:, None, :, None]
-        return F.conv2d(x, kernels, padding=(0, 1) if axis == "row" else (1, 0), groups=len(kernels))
+        return F.conv2d(x, kernels, padding=(0, 1) if axis == "row" else (1, 0), groups=x.shape[1])
     before, after = ((n, -n, 0, 0) if axis == "row" else (0, 0, n, -n) for n in (1, -1))
     step = step[:, None, None]
     return torch.where(step == 1, x, torch.where(step == 2, F.pad(x, after), F.pad(x, before)))

@@ -61,6 +61,7 @@ default_cfgs = generate_default_cfgs(
         **{f"wave_mlp_{size}": _any_size(WAVE_MLP_PAPER) for size in WAVE_MLP_SIZES},
     }
 )
+VARIANTS = list(default_cfgs)
 
 
 def _create(model: type[Backbone], variant: str, pretrained: bool, arguments: dict, kwargs: dict) -> Backbone:

@@ -1,6 +1,7 @@
 """CycleMLP and the other peers of three branches against the reference numbers of the released code, and their loading
 of released checkpoints."""
 
+import itertools
 import json
 from functools import cache
 
@@ -12,7 +13,10 @@ from complexity import Complexity
 from torchvision.ops import deform_conv2d
 
 from models.cycle_mlp import cycle
+from models.hire_mlp import from_regions, to_regions
 from models.released import checkpoint_filter_fn, to_our_names, to_released_names
+from models.resample import interpolation
+from models.vision_permutator import SegmentLinear
 from runtime.checkpoint import CheckpointError, load_weights
 from tests.helpers import ROOT
 from tests.reference import fill
@@ -59,16 +63,16 @@ def created(data: dict, **kwargs) -> torch.nn.Module:
 def test_released_model(name):
     """Logits, and the gradients of one step with the released weights."""
     data, released = reference(name)
-    model = created(data).double()
+    dtype = getattr(torch, data["eval"].get("precision", "float32"))
+    model = created(data).to(dtype)
     load_weights(model, {"model": released}, "released.pth")
     model.eval()
     with torch.no_grad():
-        logits = model(torch.as_tensor(fill.images(data["eval"]["batch"], data["img_size"])).double())
-    expected = torch.tensor(data["eval"]["logits"], dtype=torch.float64)
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max() / 100))
+        logits = model(torch.as_tensor(fill.images(data["eval"]["batch"], data["img_size"])).to(dtype))
+    torch.testing.assert_close(logits, torch.tensor(data["eval"]["logits"], dtype=dtype), rtol=0, atol=1e-4)
 
     batch = data["train"]["batch"]
-    images = torch.as_tensor(fill.images(batch, data["img_size"])).double()
+    images = torch.as_tensor(fill.images(batch, data["img_size"])).to(dtype)
     loss = F.cross_entropy(model.train()(images), torch.as_tensor(fill.labels(batch, data["num_classes"])))
     assert loss.item() == pytest.approx(data["train"]["loss"], rel=1e-3)
     loss.backward()
@@ -133,3 +137,83 @@ def test_cycle_is_a_deformable_convolution(axis, form, size):
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(("length", "p", "shift"), [(7, 4, 2), (6, 3, 0), (1, 3, 1), (2, 2, 1)])
+def test_regions(dim, length, p, shift):
+    """By the equation, on maps that the regions do not divide, and smaller than one region; and back."""
+    x = torch.randn(2, 3, *((length, 5) if dim == 2 else (5, length)))
+    y = to_regions(x, dim, p, shift)
+    assert y.shape[1] == 3 * p and y.shape[dim] == -(-length // p)
+    for channel, k, region in itertools.product(range(3), range(p), range(y.shape[dim])):
+        expected = x[:, channel].select(dim - 1, (region * p + k - shift) % length)
+        assert torch.equal(y[:, channel * p + k].select(dim - 1, region), expected)
+    assert torch.equal(from_regions(y, dim, p, shift, length), x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("axis", "dim", "size"), [("column", 2, (4, 5)), ("row", 3, (5, 4))])
+def test_segments(axis, dim, size):
+    """By the equation; and a layer for a larger map gives the enlarged output for the enlarged input."""
+    layer = SegmentLinear(axis, size, channels=3).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    equation = "vdhc,nschw->nsdvw" if axis == "column" else "vdwc,nschw->nsdhv"
+    expected = torch.einsum(equation, layer.weight, x.unflatten(1, (2, 3))).flatten(1, 2)
+    torch.testing.assert_close(layer(x), expected)
+
+    def enlarge(y):
+        return torch.tensordot(y, interpolation(4, 7), dims=([dim], [1])).movedim(-1, dim)
+
+    layer.set_map_size((7, 5) if axis == "column" else (5, 7))
+    torch.testing.assert_close(layer(enlarge(x)), enlarge(expected))
+
+
+@torch.no_grad()
+def test_vision_permutator_of_another_size():
+    """Released weights are resampled, each axis by itself."""
+    _, released = reference("vip_s14_224")
+    model = timm.create_model("vip_s14", img_size=(112, 280), num_classes=10)
+    assert load_weights(model, released, "released.pth").img_size == (224, 224)
+    mixing = model.stages[0][0].token_mixing
+    assert (mixing.mlp_h.weight.shape, mixing.mlp_w.weight.shape) == ((8, 24, 8, 24), (20, 24, 20, 24))
+    assert model(torch.zeros(1, 3, 112, 280)).shape == (1, 10)
+    model.set_input_size(224)
+    assert to_released_names(model)["network.0.0.attn.mlp_w.weight"].shape == (384, 384)
+    with pytest.raises(ValueError, match=r"img_size=100 must be .* = 14; nearest that work: 98 and 112"):
+        model.set_input_size(100)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["cycle_mlp_b1", "hire_mlp_tiny", "wave_mlp_t", "wave_mlp_s"])
+def test_any_size(name):
+    """Of one network, without being told; an image gets the same logits in any batch."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, widths=(8, 16, 32, 64), depths=(1, 2, 1, 1), num_classes=5).eval()
+    assert model.img_size is None
+    model.set_input_size(96)  # nothing to do
+    for size in ((16, 16), (33, 70)):
+        images = torch.randn(3, 3, *size)
+        logits = model(images)
+        assert logits.shape == (3, 5) and logits.isfinite().all()
+        torch.testing.assert_close(model(images[1:2]), logits[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_stochastic_depth_grows_over_all_blocks():
+    model = timm.create_model("hire_mlp_tiny", widths=(8, 8, 8, 8), drop_path_rate=0.3)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0.3 * block / 9 for block in range(10)])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cycle_mlp_b1", {"widths": (8, 8, 8)}, r"widths=\(8, 8, 8\) must be four"),
+        ("wave_mlp_t", {"norm": "layer"}, "norm is 'layer'; accepted: 'batch', 'group'"),
+        ("hire_mlp_tiny", {"depths": (1, 0, 1, 1)}, r"depths=\(1, 0, 1, 1\)"),
+        ("vip_s7", {"segments": (32, 16, 16, 15)}, "widths=384 must be a multiple of segments = 15"),
+    ],
+)
+def test_bad_arguments(name, arguments, message):
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        timm.create_model(name, **arguments)
