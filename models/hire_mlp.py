@@ -106,6 +106,7 @@ class HireMLP(Backbone):
     """The network: four stages of blocks at strides 4, 8, 16 and 32. Block b of a stage shifts by (b mod t) e tokens.
 
     Args:
+        img_size: nothing depends on it. It is accepted so that all networks here can be made alike.
         in_chans: input channels.
         num_classes: outputs; 0 leaves the classifier out.
         widths: C of each stage, multiples of 4.
@@ -127,6 +128,7 @@ class HireMLP(Backbone):
 
     def __init__(
         self,
+        img_size: int | tuple[int, int] | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
         widths: Sequence[int] = (64, 128, 320, 512),
