@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-import models  # noqa: F401  (registers the models with timm)
+from models.variants import VARIANTS
 from runtime.checkpoint import count_classes, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,4 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return create
 
 
-strip_mlp_tiny_light = _entry_point("strip_mlp_tiny_light")
-strip_mlp_tiny = _entry_point("strip_mlp_tiny")
-strip_mlp_small = _entry_point("strip_mlp_small")
-strip_mlp_base = _entry_point("strip_mlp_base")
-strip_mlp_pico = _entry_point("strip_mlp_pico")
-sparse_mlp_tiny = _entry_point("sparse_mlp_tiny")
-sparse_mlp_small = _entry_point("sparse_mlp_small")
-sparse_mlp_base = _entry_point("sparse_mlp_base")
+globals().update({name: _entry_point(name) for name in VARIANTS})

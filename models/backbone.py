@@ -22,13 +22,14 @@ def reparameterized(module: nn.Module) -> nn.Module:
 
 
 class Backbone(nn.Module):
-    """Base of `StripMLP` and `SparseMLP`. A subclass sets `patch_embed`, `stages`, `merging`, `norm` and `head` (timm's
-    `ClassifierHead`).
+    """Base of the networks that are written here. A subclass sets `patch_embed`, `stages`, `merging` (what leads from
+    each stage to the next), `norm` and `head` (timm's `ClassifierHead`).
 
     Args:
-        img_size: pixels, or (height, width); multiples of 8 * patch_size.
-        patch_size: p, pixels per token side.
-        embed_dim: C, channels of the first stage, doubled by each later one.
+        img_size: pixels, or (height, width); multiples of the last stage's patch size. None for a network that takes
+            images of any size.
+        patch_size: p, pixels per token side of the first stage, doubled by each later one; or those of each stage.
+        embed_dim: C, channels of the first stage, doubled by each later one; or those of each stage.
         num_classes: outputs of the head; 0 for none.
     """
 
@@ -39,28 +40,33 @@ class Backbone(nn.Module):
     head: nn.Module
     grad_checkpointing = False
 
-    def __init__(self, img_size: int | tuple[int, int], patch_size: int, embed_dim: int, num_classes: int):
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] | None,
+        patch_size: int | Sequence[int],
+        embed_dim: int | Sequence[int],
+        num_classes: int,
+    ):
         super().__init__()
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        check_img_size(self.img_size, patch_size)
+        self.img_size = as_size(img_size)
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = 8 * embed_dim
-        self.widths = [embed_dim * 2**i for i in range(4)]
+        self.widths, reductions = by_stage("widths", embed_dim), by_stage("patch_size", patch_size)
+        check_img_size(self.img_size, reductions[-1])
+        self.num_features = self.head_hidden_size = self.widths[-1]
         # timm's: channels, pixels per token side and module of each stage.
         self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"}
-            for i, width in enumerate(self.widths)
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (width, reduction) in enumerate(zip(self.widths, reductions, strict=True))
         ]
 
     def build_stages(self, depths: Sequence[int], block: Callable[[int, tuple[int, int]], nn.Module]) -> nn.ModuleList:
         """Four stages of `depths` blocks, each made by `block(channels, (H, W))`."""
-        if len(depths) != 4 or min(depths) < 1:
-            raise ValueError(f"depths={tuple(depths)} must be four positive numbers, one per stage")
-        stages = []
-        for info, depth in zip(self.feature_info, depths, strict=True):
-            size = (self.img_size[0] // info["reduction"], self.img_size[1] // info["reduction"])
-            stages.append(nn.Sequential(*(block(info["num_chs"], size) for _ in range(depth))))
-        return nn.ModuleList(stages)
+        return stack_blocks(depths, lambda stage, _: block(self.widths[stage], self.map_size(stage)))
+
+    def map_size(self, stage: int) -> tuple[int, int]:
+        """(H, W) of the map of a stage, from 0."""
+        reduction = self.feature_info[stage]["reduction"]
+        return self.img_size[0] // reduction, self.img_size[1] // reduction
 
     def map_sized(self) -> Iterator[tuple[str, MapSized, int]]:
         """The modules that depend on the image size: name, module, pixels per token side of its map."""
@@ -72,28 +78,36 @@ class Backbone(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Changes the image size, in place: parameters that depend on it are resampled.
 
-        Those are new parameters then. Build optimizers and wrappers afterwards.
+        Those are new parameters then. Build optimizers and wrappers afterwards. A network that takes any size stays as
+        it is.
 
         Args:
-            img_size: pixels, or (height, width); multiples of 8 * patch_size.
+            img_size: pixels, or (height, width); multiples of the last stage's patch size.
 
         Raises:
             ValueError: another size, with the nearest that work; a model that was reparameterized.
         """
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        check_img_size(size, self.feature_info[0]["reduction"])
+        if self.img_size is None:
+            return
+        size = as_size(img_size)
+        check_img_size(size, self.feature_info[-1]["reduction"])
         for _, module, reduction in self.map_sized():
             module.set_map_size((size[0] // reduction, size[1] // reduction))
         self.img_size = size
 
-    def input_size_of(self, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
+    def input_size_of(self, state_dict: Mapping[str, Tensor]) -> tuple[int, int] | None:
         """(height, width) of the images that a state dict of this model was made for; this model's own size if nothing
-        in it tells."""
+        in it tells. None if any size will do."""
+        if self.img_size is None:
+            return None
         size = list(self.img_size)
         for name, module, reduction in self.map_sized():
-            bias = state_dict.get(f"{name}.bias")
-            if module.axis and bias is not None and bias.ndim:  # its last dimension is the mixed axis
-                size[module.axis == "row"] = bias.shape[-1] * reduction
+            if not module.axis:
+                continue
+            parameter, axes = list(module.map_axes.items())[-1]  # the bias, if it has one
+            value, dim = state_dict.get(f"{name}.{parameter}"), next(iter(axes))
+            if value is not None and value.ndim > dim:
+                size[module.axis == "row"] = value.shape[dim] * reduction
         return size[0], size[1]
 
     def resample(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,16 +126,16 @@ class Backbone(nn.Module):
         return resampled
 
     def forward_stages(self, x: Tensor, last: int = 3) -> list[Tensor]:
-        """Images (N, in_chans, H, W) to the outputs of the stages 0 to `last`, (N, 2^i C, H / 2^i p, W / 2^i p) of
-        stage i."""
+        """Images (N, in_chans, H, W) to the outputs of the stages 0 to `last`: (N, C, H / p, W / p) with each stage's
+        own C and p."""
         maps = [self.run_stage(0, self.patch_embed(x))]
         for index in range(1, last + 1):
             maps.append(self.run_stage(index, self.merging[index - 1](maps[-1])))
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, 8 C, H / 8p, W / 8p)."""
-        x = of_size(x, self.img_size)
+        """Images (N, in_chans, H, W) to the normalised map of the last stage, (N, num_features, H / p, W / p)."""
+        x = self.checked(x)
         return self.norm(self.forward_stages(x, len(self.stages) - 1)[-1])
 
     def forward_intermediates(
@@ -145,14 +159,14 @@ class Backbone(nn.Module):
 
         Returns:
             The output of `forward_features` (with `stop_early`, of the last stage that was run) and the list of maps
-            (N, 2^i C, H / 2^i p, W / 2^i p).
+            (N, C, H / p, W / p), with each stage's own C and p.
 
         Raises:
             ValueError: another `output_fmt`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}; accepted: 'NCHW'")
-        x = of_size(x, self.img_size)
+        x = self.checked(x)
         take, most = feature_take_indices(len(self.stages), indices)
         end = len(self.stages) - 1
         outputs = self.forward_stages(x, most if stop_early else end)
@@ -192,11 +206,15 @@ class Backbone(nn.Module):
         }
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The map of `forward_features` to logits (N, num_classes), or to pooled features (N, 8 C)."""
+        """The map of `forward_features` to logits (N, num_classes), or to pooled features (N, num_features)."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    def checked(self, images: Tensor) -> Tensor:
+        """The images themselves. Raises ValueError for those of a size that the network was not made for."""
+        return images if self.img_size is None else of_size(images, self.img_size)
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         """The blocks of one stage, with activation checkpointing if it is on."""
@@ -248,15 +266,44 @@ def of_size(images: Tensor, img_size: tuple[int, int]) -> Tensor:
     return images
 
 
+def as_size(img_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width) from that or from one number for both. None stays None."""
+    return (img_size, img_size) if isinstance(img_size, int) else img_size and tuple(img_size)
+
+
+def by_stage(name: str, value: int | Sequence[int]) -> list[int]:
+    """The values of the four stages, from those or from that of the first, which each later stage doubles. Raises
+    ValueError if they are not four."""
+    if isinstance(value, int):
+        return [value * 2**i for i in range(4)]
+    if len(value) != 4:
+        raise ValueError(f"{name}={tuple(value)} must be four numbers, one per stage")
+    return list(value)
+
+
+def stack_blocks(depths: Sequence[int], block: Callable[[int, int], nn.Module]) -> nn.ModuleList:
+    """Four stages of `depths` blocks, made in order by `block(stage, number in the stage)`, both from 0."""
+    if len(depths) != 4 or min(depths) < 1:
+        raise ValueError(f"depths={tuple(depths)} must be four positive numbers, one per stage")
+    return nn.ModuleList(
+        nn.Sequential(*(block(stage, number) for number in range(depth))) for stage, depth in enumerate(depths)
+    )
+
+
+def growing_rates(last: float, depths: Sequence[int]) -> Iterator[float]:
+    """Stochastic depth of each block, from the first of the first stage on: linear from 0 to `last`."""
+    return iter(torch.linspace(0, last, sum(depths), dtype=torch.float64, device="cpu").tolist())
+
+
 def merge(dim: int, out_dim: int, groups: int = 1) -> nn.Conv2d:
     """Patch merging (Strip-MLP paper, figure 2a): halves height and width."""
     return nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, groups=groups, bias=False)
 
 
-def check_img_size(img_size: tuple[int, int], patch_size: int) -> None:
-    """Raises ValueError for a size that four stages do not divide, with the nearest that they do."""
-    for size in img_size:
-        check_multiple("img_size", size, "8 * patch_size", 8 * patch_size)
+def check_img_size(img_size: tuple[int, int] | None, patch_size: int) -> None:
+    """Raises ValueError for a size that the tokens of the last stage do not divide, with the nearest that they do."""
+    for size in img_size or ():
+        check_multiple("img_size", size, "the last stage's patch size", patch_size)
 
 
 def check_multiple(name: str, value: int, of: str, factor: int) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .ops import DepthwiseConv, PointwiseConv, PointwiseConvLinear
 from .strip_mlp import StripMLPLayer
+from .vision_permutator import SegmentLinear
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy in which `nn.Conv2d` computes every product of a map with weights: the 1 x 1, depthwise and strip
-    convolutions of Strip-MLP, and the linear layers of Sparse MLP. The classifier stays an `nn.Linear`. In evaluation
-    mode, BatchNorms become a scale and a shift.
+    convolutions of Strip-MLP, and the linear layers of Sparse MLP and of the other peers. The classifier stays an
+    `nn.Linear`. In evaluation mode, BatchNorms become a scale and a shift.
 
     The copy has other names in its state dict, and works at one image size. Reparameterize before, not after.
     """
@@ -52,6 +53,11 @@ def _(module: PointwiseConvLinear) -> nn.Module:
 @plain_layer.register
 def _(module: StripMLPLayer) -> nn.Module:
     return StripConv(module)
+
+
+@plain_layer.register
+def _(module: SegmentLinear) -> nn.Module:
+    return SegmentConv(module)
 
 
 @plain_layer.register
@@ -125,4 +131,20 @@ class StripConv(nn.Module):
         x = x.permute(0, 2, 4, 1, 3) if self.axis == "row" else x.permute(0, 2, 3, 1, 4)  # (N, P, L, q, A)
         y = self.conv(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
         y = y.permute(0, 3, 1, 4, 2) if self.axis == "row" else y.permute(0, 3, 1, 2, 4)  # (N, q, P, H, W)
+        return y.flatten(1, 2)
+
+
+class SegmentConv(nn.Module):
+    """`SegmentLinear`: the tokens of the mixed axis and the channels of a segment are channels."""
+
+    def __init__(self, layer: SegmentLinear):
+        super().__init__()
+        self.conv = conv(layer.weight.flatten(2).flatten(0, 1)[:, :, None, None], None)  # (L S, L S, 1, 1)
+        self.axis, self.channels = layer.axis, layer.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, self.channels))  # (N, g, S, H, W)
+        x = x.permute(0, 4, 2, 1, 3) if self.axis == "row" else x.permute(0, 3, 2, 1, 4)  # (N, L, S, g, A)
+        y = self.conv(x.flatten(1, 2)).unflatten(1, (-1, self.channels))
+        y = y.permute(0, 3, 2, 4, 1) if self.axis == "row" else y.permute(0, 3, 2, 1, 4)  # (N, g, S, H, W)
         return y.flatten(1, 2)

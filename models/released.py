@@ -1,4 +1,4 @@
-"""Names and shapes of the released checkpoints, Strip-MLP's and Sparse MLP's, and ours: each way."""
+"""Names and shapes of the released checkpoints, Strip-MLP's and its peers', and ours: each way."""
 
 import importlib
 import re
@@ -8,8 +8,12 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .cycle_mlp import CycleMLP
+from .hire_mlp import HireMLP
 from .sparse_mlp import SparseMLP
 from .strip_mlp import StripMLP
+from .vision_permutator import SegmentLinear, VisionPermutator
+from .wave_mlp import WaveMLP
 
 Names = Sequence[tuple[str, str]]  # pairs of the beginnings of names, the released one first
 
@@ -63,6 +67,25 @@ SPARSE_MLP: Names = (
     ("channel_mix.2.net.0.", "channel_mixing.mlp.fc1."),
     ("channel_mix.2.net.3.", "channel_mixing.mlp.fc2."),
 )
+# Of the peers of `branches.py`. Their released code numbers stages and transitions through: "network.0", "network.1".
+BRANCHES = (CycleMLP, VisionPermutator, HireMLP, WaveMLP)
+BRANCHES_HEAD: Names = (("head.weight", "head.fc.weight"), ("head.bias", "head.fc.bias"))
+# What follows the number of a block, or of a transition.
+BRANCHES_BLOCK: Names = (
+    ("attn.mlp_h1_norm.", "token_mixing.mlp_h.norm."),
+    ("attn.mlp_h1.", "token_mixing.mlp_h.fc1."),
+    ("attn.mlp_h2.", "token_mixing.mlp_h.fc2."),
+    ("attn.mlp_w1_norm.", "token_mixing.mlp_w.norm."),
+    ("attn.mlp_w1.", "token_mixing.mlp_w.fc1."),
+    ("attn.mlp_w2.", "token_mixing.mlp_w.fc2."),
+    ("attn.theta_h_conv.", "token_mixing.wave_h.theta."),
+    ("attn.fc_h.", "token_mixing.wave_h.amplitude."),
+    ("attn.tfc_h.", "token_mixing.wave_h.mix."),
+    ("attn.theta_w_conv.", "token_mixing.wave_w.theta."),
+    ("attn.fc_w.", "token_mixing.wave_w.amplitude."),
+    ("attn.tfc_w.", "token_mixing.wave_w.mix."),
+    ("attn.", "token_mixing."),
+)
 
 
 def checkpoint_filter_fn(state_dict: Mapping, model: Backbone) -> dict[str, Tensor]:
@@ -96,6 +119,8 @@ def to_our_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
         # Our own first files had another name for the projection.
         weights = {name.replace("token_mixing.fuse.", "token_mixing.proj."): value for name, value in weights.items()}
         return _sparse_mlp_to_ours(weights, model) if "to_patch_embedding.0.0.weight" in weights else weights
+    if isinstance(model, BRANCHES):
+        return _branches_to_ours(weights, model)
     # timm keeps the conversion beside the model's class.
     module = importlib.import_module(type(model).__module__)
     return module.checkpoint_filter_fn(weights, model) if hasattr(module, "checkpoint_filter_fn") else weights
@@ -111,6 +136,8 @@ def to_released_names(model: nn.Module) -> dict[str, Tensor] | None:
         return _strip_mlp_to_released(model.state_dict())
     if isinstance(model, SparseMLP):
         return _sparse_mlp_to_released(model.state_dict(), model)
+    if isinstance(model, BRANCHES):
+        return _branches_to_released(model.state_dict(), model)
     return None
 
 
@@ -185,6 +212,55 @@ def _sparse_mlp_to_released(weights: Mapping[str, Tensor], model: SparseMLP) -> 
 def _block_names(model: SparseMLP) -> list[str]:
     """The blocks of all stages, in order."""
     return [f"stages.{stage}.{block}" for stage, blocks in enumerate(model.stages) for block in range(len(blocks))]
+
+
+def _branches_to_ours(weights: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    parts, segments = _network_parts(model), _segment_channels(model)
+    converted = {}
+    for released_name, value in weights.items():
+        if isinstance(model, CycleMLP) and released_name.endswith(".offset"):
+            continue  # of its deformable convolutions: constants
+        numbered = re.match(r"network\.(\d+)\.(\d+\.)?", released_name)
+        if numbered and int(numbered[1]) < len(parts):
+            inside = _translate(released_name[numbered.end() :], BRANCHES_BLOCK)
+            name = f"{parts[int(numbered[1])]}.{numbered[2] or ''}{inside}"
+            if channels := segments.get(name):
+                value = value.unflatten(1, (-1, channels)).unflatten(0, (-1, channels))  # (L S, L S) -> (L, S, L, S)
+        else:
+            name = _translate(released_name, BRANCHES_HEAD)
+        converted[name] = value
+    return converted
+
+
+def _branches_to_released(weights: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+    parts, segments = _network_parts(model), _segment_channels(model)
+    converted = {}
+    for our_name, value in weights.items():
+        if part := re.match(r"((?:stages|merging)\.\d)\.(\d+\.)?", our_name):
+            inside = _translate(our_name[part.end() :], BRANCHES_BLOCK, back=True)
+            name = f"network.{parts.index(part[1])}.{part[2] or ''}{inside}"
+        else:
+            name = _translate(our_name, BRANCHES_HEAD, back=True)
+        if our_name in segments:
+            value = value.flatten(2).flatten(0, 1)
+        converted[name] = value
+    return converted
+
+
+def _network_parts(model: Backbone) -> list[str]:
+    """Stages, and the transitions that have weights, in order."""
+    parts = []
+    for index in range(len(model.stages)):
+        if index and list(model.merging[index - 1].parameters()):
+            parts.append(f"merging.{index - 1}")
+        parts.append(f"stages.{index}")
+    return parts
+
+
+def _segment_channels(model: nn.Module) -> dict[str, int]:
+    """Of the weights over segments, by name."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, SegmentLinear))
+    return {f"{name}.weight": layer.channels for name, layer in layers}
 
 
 def _translate(name: str, pairs: Names, back: bool = False) -> str:

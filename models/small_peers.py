@@ -1,6 +1,7 @@
-"""timm's networks, and Sparse MLP, made as small as Strip-MLP of 0.7 M parameters, for images of 32 x 32 pixels.
+"""timm's networks, and ours beside Strip-MLP, made as small as Strip-MLP of 0.7 M parameters, for images of 32 x 32
+pixels.
 
-The layers are timm's, unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels and
+The layers are unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels and
 have four stages. Those without have 64 tokens of 4 x 4 pixels. They have about the same number of parameters, but not
 of multiply-adds: `tools/complexity.py` counts both.
 """
@@ -14,7 +15,12 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from .backbone import Backbone
+from .cycle_mlp import CycleMLP
+from .hire_mlp import HireMLP
 from .sparse_mlp import SparseMLP
+from .vision_permutator import VisionPermutator
+from .wave_mlp import WaveMLP
 
 
 def _cfg(**kwargs) -> dict:
@@ -32,11 +38,14 @@ default_cfgs = generate_default_cfgs(
         "small_swin": _cfg(classifier="head.fc"),
         "small_vit": _cfg(),
         "small_sparse_mlp": _cfg(classifier="head.fc"),
+        "small_cycle_mlp": _cfg(classifier="head.fc", fixed_input_size=False),
+        "small_vip": _cfg(classifier="head.fc"),
+        "small_hire_mlp": _cfg(classifier="head.fc", fixed_input_size=False),
+        "small_wave_mlp": _cfg(classifier="head.fc", fixed_input_size=False),
     }
 )
 
 FOUR_STAGES = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
-FOUR_STAGES_BY_GETTER = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
 
 class ResNetWithoutPooling(ResNet):
@@ -112,10 +121,42 @@ def small_vit(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "small_vit", pretrained, **arguments)
 
 
+def _ours(model: type[Backbone], name: str, pretrained: bool, arguments: dict) -> Backbone:
+    # The dict is made anew, because timm takes entries out of it.
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(model, name, pretrained, feature_cfg=features, **arguments)
+
+
 @register_model
 def small_sparse_mlp(pretrained: bool = False, **kwargs) -> SparseMLP:
     """Sparse MLP (arXiv:2109.05422)."""
     arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 2, 3, 1), **kwargs}
-    return build_model_with_cfg(
-        SparseMLP, "small_sparse_mlp", pretrained, feature_cfg=FOUR_STAGES_BY_GETTER, **arguments
-    )
+    return _ours(SparseMLP, "small_sparse_mlp", pretrained, arguments)
+
+
+@register_model
+def small_cycle_mlp(pretrained: bool = False, **kwargs) -> CycleMLP:
+    """CycleMLP (arXiv:2107.10224)."""
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 160), "depths": (1, 2, 2, 1), **kwargs}
+    return _ours(CycleMLP, "small_cycle_mlp", pretrained, arguments)
+
+
+@register_model
+def small_vip(pretrained: bool = False, **kwargs) -> VisionPermutator:
+    """Vision Permutator (arXiv:2106.12368)."""
+    arguments = {"img_size": 32, "patch_size": 4, "widths": (96,) * 4, "depths": (2, 2, 2, 1), "segments": (8,) * 4}
+    return _ours(VisionPermutator, "small_vip", pretrained, {**arguments, **kwargs})
+
+
+@register_model
+def small_hire_mlp(pretrained: bool = False, **kwargs) -> HireMLP:
+    """Hire-MLP (arXiv:2108.13341)."""
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1), **kwargs}
+    return _ours(HireMLP, "small_hire_mlp", pretrained, arguments)
+
+
+@register_model
+def small_wave_mlp(pretrained: bool = False, **kwargs) -> WaveMLP:
+    """Wave-MLP (arXiv:2111.12294)."""
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1), **kwargs}
+    return _ours(WaveMLP, "small_wave_mlp", pretrained, arguments)

@@ -14,7 +14,7 @@ import torch
 from timm.layers import ClassifierHead, Mlp
 from torch import Tensor, nn
 
-from .backbone import Backbone, merge
+from .backbone import Backbone, growing_rates, merge
 from .ops import DepthwiseConv, DropPath
 from .resample import MapSized
 
@@ -152,7 +152,7 @@ class SparseMLP(Backbone):
         global_pool: str = "avg",
     ):
         super().__init__(img_size, patch_size, embed_dim, num_classes)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64, device="cpu").tolist())
+        rates = growing_rates(drop_path_rate, depths)
 
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=False)
         self.stages = self.build_stages(depths, lambda dim, size: SparseMLPBlock(dim, size, alpha, next(rates)))

@@ -1,6 +1,7 @@
 """Pictures of models and data, for papers and for looking.
 
     python tools/visualize.py receptive-field --variants strip_mlp_tiny_light sparse_mlp_tiny
+    python tools/visualize.py token-mixing
     python tools/visualize.py strips output/strip_mlp_pico_digits/default/best.pth
     python tools/visualize.py cam output/strip_mlp_t/default/best.pth cat.jpg dog.jpg
     python tools/visualize.py augmented --cfg configs/smlp_tiny_alpha3_patch4_224_imagenet1k.yaml --data-path DATA
@@ -41,12 +42,13 @@ if __name__ == "__main__":
     parse_first(parse_args, "matplotlib", extra="figures")
 
 import matplotlib
-from figures import augmented, cam, mistakes, receptive_field, strips
+from figures import augmented, cam, mistakes, receptive_field, strips, token_mixing
 from figures.common import STYLE
 from matplotlib.figure import Figure
 
 COMMANDS = {
     "receptive-field": receptive_field,
+    "token-mixing": token_mixing,
     "strips": strips,
     "cam": cam,
     "augmented": augmented,

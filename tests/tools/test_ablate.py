@@ -481,7 +481,7 @@ def test_ablations_of_the_paper(name, monkeypatch):
 def test_peers_differ_in_the_model_alone(monkeypatch):
     monkeypatch.setattr(ablate, "model_size", lambda config: None)
     settings = load_settings(arguments(ROOT / "configs/peers"))
-    assert len(settings) == 14
+    assert len(settings) == 31
     for s in settings[1:]:
         assert set(s.changes) == {"MODEL.TYPE", "MODEL.NAME"}
         assert not s.problem

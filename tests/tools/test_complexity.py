@@ -22,6 +22,9 @@ pytestmark = pytest.mark.slow
 
 PEERS = sorted((ROOT / "configs/peers").glob("*.yaml"))
 LARGER = ("swin_small", "swin_base", "resnet101", "sparse_mlp_small", "sparse_mlp_base")  # of the same layers
+LARGER += ("cycle_mlp_b2", "cycle_mlp_b3", "cycle_mlp_b4", "cycle_mlp_b5", "vip_s14", "vip_m7")
+LARGER += ("hire_mlp_small", "hire_mlp_base", "hire_mlp_large")
+LARGER += ("wave_mlp_t", "wave_mlp_s", "wave_mlp_m", "wave_mlp_b")
 
 
 @pytest.mark.parametrize(

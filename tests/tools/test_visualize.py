@@ -302,6 +302,33 @@ def test_mistakes(checkpoint, tmp_path):
     assert rows[5]["image"] == source.name(5)
 
 
+# Token mixing
+
+
+def test_token_mixing(command, tmp_path):
+    """The figures of the paper's table 1 (tools/complexity.py --table1), and of peers by their equations."""
+    variants = ["strip_mlp_base", "sparse_mlp_base", "cycle_mlp_b1", "vip_s14", "hire_mlp_tiny", "wave_mlp_t_dw"]
+    status, out, err = command("token-mixing", "--variants", *variants)
+    assert (status, out.split()) == (0, ["token_mixing.png", "token_mixing.csv"]), err
+    png_size(tmp_path / "token_mixing.png")
+    rows = {(row["model"], int(row["stage"])): row for row in read_csv(tmp_path / "token_mixing.csv")}
+    assert len(rows) == 4 * len(variants)
+    last = {name: rows[name, 4] for name in variants}
+    expected = {
+        "strip_mlp_base": (2 * 16_464, 802_816),
+        "sparse_mlp_base": (98, 3 * 896**2),
+        "cycle_mlp_b1": (2 * 512**2, 2 * 512**2),
+        "vip_s14": (2 * 384**2, 2 * 384**2),
+        "hire_mlp_tiny": (2 * 2 * 1024 * 256, 2 * 512**2),
+        "wave_mlp_t_dw": (2 * 2 * 7 * 512, 4 * 512**2 + 2 * 9 * 512),
+    }
+    parameters = {name: (int(r["interaction_parameters"]), int(r["fusion_parameters"])) for name, r in last.items()}
+    assert parameters == expected
+    assert (last["strip_mlp_base"]["share_parameters"], last["sparse_mlp_base"]["share_macs"]) == ("0.0394", "0.0052")
+    # Hire-MLP's regions of 2 tokens need 8 x 7 for the 7 x 7.
+    assert int(last["hire_mlp_tiny"]["interaction_macs"]) == 2 * (4 * 7) * 2 * 1024 * 256
+
+
 # The command
 
 
@@ -324,6 +351,7 @@ def test_mistakes(checkpoint, tmp_path):
         (["receptive-field"], 1, "nothing to draw"),
         (["receptive-field", "--variants", "strip_mlp_pic"], 1, "nearest names: strip_mlp_pico"),
         (["receptive-field", "CHECKPOINT", "--images", "nowhere"], 1, "--images nowhere: no image files there"),
+        (["token-mixing", "--variants", "resnet18"], 1, "--variants resnet18: a ResNet; accepted: models that are one"),
         (["augmented", "--cfg", "missing.yaml"], 2, "missing.yaml: cannot be read"),
         (["augmented", "--cfg", DIGITS, "--opts", "DATA.BATCH_SIZE", "9999"], 1, "DATA.BATCH_SIZE is 9999"),
         (["mistakes", "CHECKPOINT", "--opts", "DATA.DATASET", "imagenet"], 1, "DATA.DATA_PATH is empty"),

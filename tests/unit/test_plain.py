@@ -39,6 +39,23 @@ def test_same_outputs(name, reparameterized):
     assert expected.std() > 0.1
 
 
+@pytest.mark.parametrize("name", ["cycle_mlp_b1", "vip_s7", "hire_mlp_tiny", "wave_mlp_t_dw"])
+def test_same_outputs_of_peers(name):
+    torch.manual_seed(0)
+    sizes = {"widths": (8, 16, 32, 64), "depths": (1, 1, 1, 1), "num_classes": 5}
+    if name == "vip_s7":
+        sizes |= {"img_size": (56, 28), "segments": (4, 4, 4, 4)}
+    model = timm.create_model(name, **sizes).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    copy, x = plain(model), torch.randn(2, 3, 56, 28).double()
+    products = [m for m in copy.modules() if hasattr(m, "weight") and m.weight.ndim > 1]
+    assert [type(m) for m in products if type(m) is not nn.Conv2d] == [nn.Linear]  # the classifier
+    expected = model(x)
+    torch.testing.assert_close(copy(x), expected)
+    assert expected.std() > 0.1
+
+
 @pytest.fixture(scope="module", params=[(name, folded) for name in MACS for folded in (False, True)])
 def counted(request):
     """A model of the paper's, and its multiply-adds."""

@@ -38,7 +38,7 @@ def test_peer(name):
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["convnext", "resnet", "sparse_mlp", "swin"])
+@pytest.mark.parametrize("name", ["convnext", "resnet", "sparse_mlp", "cycle_mlp", "hire_mlp", "wave_mlp", "swin"])
 def test_stages_begin_at_stride_2(name):
     model = timm.create_model(f"small_{name}", features_only=True)
     maps = model(torch.randn(1, 3, 32, 32))[-4:]

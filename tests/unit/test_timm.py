@@ -17,14 +17,29 @@ from tests.helpers import ROOT, environment
 
 STRIP_MLP = ["strip_mlp_tiny_light", "strip_mlp_tiny", "strip_mlp_small", "strip_mlp_base", "strip_mlp_pico"]
 SPARSE_MLP = ["sparse_mlp_tiny", "sparse_mlp_small", "sparse_mlp_base"]
-ALL = STRIP_MLP + SPARSE_MLP
-SMALL = ["strip_mlp_tiny", "sparse_mlp_tiny"]
-SMALLER = {"embed_dim": 8, "depths": (1, 2, 1, 1), "img_size": 64, "num_classes": 5}
+CYCLE_MLP = [f"cycle_mlp_b{size}" for size in range(1, 6)]
+VIP = ["vip_s14", "vip_s7", "vip_m7"]
+HIRE_MLP = ["hire_mlp_tiny", "hire_mlp_small", "hire_mlp_base", "hire_mlp_large"]
+WAVE_MLP = ["wave_mlp_t", "wave_mlp_t_dw", "wave_mlp_s", "wave_mlp_m", "wave_mlp_b"]
+ALL = STRIP_MLP + SPARSE_MLP + CYCLE_MLP + VIP + HIRE_MLP + WAVE_MLP
+SMALL = ["strip_mlp_tiny", "sparse_mlp_tiny", "cycle_mlp_b1", "vip_s7", "hire_mlp_tiny", "wave_mlp_t_dw"]
+FIXED_SIZE = ["strip_mlp_tiny", "sparse_mlp_tiny", "vip_s7"]
+SOME = list(dict.fromkeys(STRIP_MLP + SPARSE_MLP + SMALL))  # the others differ in widths and depths
+# Of stages with 8, 16, 32 and 64 channels at strides 4, 8, 16 and 32.
+BRANCHES = {"widths": (8, 16, 32, 64)}
+VIP_BRANCHES = {**BRANCHES, "img_size": 64, "patch_size": 4, "strides": (2, 2, 2), "segments": (4, 4, 4, 4)}
+SMALLER = {"embed_dim": 8, "img_size": 64}
+
+
+def smaller(name: str) -> dict:
+    """The arguments of a small model of the same family."""
+    family = {"cycle": BRANCHES, "vip": VIP_BRANCHES, "hire": BRANCHES, "wave": BRANCHES}
+    return {**family.get(name.partition("_")[0], SMALLER), "depths": (1, 2, 1, 1), "num_classes": 5}
 
 
 def small(name: str, **kwargs) -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALLER, **kwargs})
+    return timm.create_model(name, **{**smaller(name), **kwargs})
 
 
 def images(count: int = 2, chans: int = 3, size: tuple[int, int] = (64, 64)) -> torch.Tensor:
@@ -32,20 +47,21 @@ def images(count: int = 2, chans: int = 3, size: tuple[int, int] = (64, 64)) -> 
 
 
 def test_all_are_registered():
-    assert set(ALL) == {*timm.list_models("strip_mlp_*"), *timm.list_models("sparse_mlp_*")}
+    families = ("strip_mlp_*", "sparse_mlp_*", "cycle_mlp_*", "vip_*", "hire_mlp_*", "wave_mlp_*")
+    assert set(ALL) == {name for family in families for name in timm.list_models(family)}
     for name in ALL:
         assert timm.get_pretrained_cfg(name).architecture == name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 def test_default_cfg(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         x = torch.empty(1, *model.default_cfg["input_size"])
     cfg, state = model.default_cfg, model.state_dict()
     # What it is at the size that the config says.
-    assert cfg["fixed_input_size"] and cfg["input_size"][1:] == model.img_size
+    assert model.img_size == (cfg["input_size"][1:] if cfg["fixed_input_size"] else None)
     assert model(x).shape == (1, model.num_classes)
     assert model.forward_features(x).shape == (1, model.num_features, *cfg["pool_size"])
     assert f"{cfg['classifier']}.weight" in state and f"{cfg['first_conv']}.weight" in state
@@ -132,7 +148,7 @@ def test_forward_intermediates(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_group_matcher(name, coarse):
     """Every parameter is in a group by name, and the groups are in the order of the forward pass."""
@@ -159,11 +175,12 @@ def test_group_matcher(name, coarse):
         assert depth[shortcut] == depth[f"merging.{int(shortcut[len('shortcut_2to')]) - 2}.weight"]
 
 
-def test_gradient_checkpointing():
-    """Of Sparse MLP; Strip-MLP has a test of its own."""
+@pytest.mark.parametrize("name", SMALL[1:])
+def test_gradient_checkpointing(name):
+    """Strip-MLP has a test of its own."""
     gradients = []
     for enable in (False, True):
-        model = small("sparse_mlp_tiny", drop_path_rate=0.0)
+        model = small(name, drop_path_rate=0.0)
         model.set_grad_checkpointing(enable)
         model(images(4)).square().mean().backward()
         gradients.append({entry: p.grad for entry, p in model.named_parameters()})
@@ -171,7 +188,7 @@ def test_gradient_checkpointing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 def test_fx_forward(name, monkeypatch):
     """torch.fx.symbolic_trace, which timm's tests check by way of feature extractors, reparameterized too."""
     model, x = small(name).eval(), images()
@@ -182,11 +199,14 @@ def test_fx_forward(name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr("models.ops.on_gpu", lambda x: True)
             assert torch.equal(traced(x), one(x))
+    if model.img_size is None:
+        torch.testing.assert_close(traced(images(size=(48, 80))), one(images(size=(48, 80))))
+        return
     with pytest.raises(ValueError, match=r"input of \(32, 64\) pixels"):
         traced(images(size=(32, 64)))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", SOME)
 def test_fx_backward(name):
     """Gradients of all parameters, those of the model itself; stochastic depth of a model in training included."""
     gradients = []
@@ -231,9 +251,9 @@ def test_trace(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_export(name):
     """torch.export, for any number of images; reparameterized as timm does it, too."""
-    model = small(name).eval()
+    model = small(name, depths=(1, 1, 1, 1)).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    for exported in (model, reparameterize_model(model)):
+    for exported in (model, *([reparameterize_model(model)] if hasattr(model, "reparameterize") else [])):
         program = torch.export.export(exported, (images(2),), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(images(5)), model(images(5)), rtol=1e-3, atol=1e-5)
 
@@ -260,19 +280,18 @@ def test_pretrained_file_of_another_size(trained):
     classes and channels."""
     name, model, path = trained
     overlay = {"file": str(path), "num_classes": 5}
-    loaded = timm.create_model(
-        name, **{**SMALLER, "img_size": (64, 96)}, pretrained=True, pretrained_cfg_overlay=overlay
-    )
+    other_size = {"img_size": (64, 96)} if name in FIXED_SIZE else {}
+    loaded = small(name, **other_size, pretrained=True, pretrained_cfg_overlay=overlay)
     model_at_that_size = small(name)
     model_at_that_size.load_state_dict(model.state_dict())
     model_at_that_size.set_input_size((64, 96))
     torch.testing.assert_close(loaded.state_dict(), model_at_that_size.state_dict())
-    other = timm.create_model(
-        name, **{**SMALLER, "num_classes": 3}, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay
-    ).eval()
+    other = small(name, num_classes=3, in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     assert other(images(chans=1)).shape == (2, 3)
     torch.testing.assert_close(other.stages.state_dict(), model.stages.state_dict())
-    torch.testing.assert_close(other.patch_embed.weight, model.patch_embed.weight.sum(dim=1, keepdim=True))
+    embedding = f"{model.default_cfg['first_conv']}.weight"
+    weight = model.get_parameter(embedding).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(other.get_parameter(embedding), weight)
 
 
 HUB = """

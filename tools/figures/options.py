@@ -22,6 +22,13 @@ def _receptive_field(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of random weights and noise (default: 0)")
 
 
+def _token_mixing(parser: argparse.ArgumentParser) -> None:
+    models = ["strip_mlp_tiny", "sparse_mlp_tiny", "cycle_mlp_b2", "vip_s7", "hire_mlp_small", "wave_mlp_s"]
+    parser.add_argument(
+        "--variants", nargs="+", default=models, metavar="NAME", help=f"of these families (default: {' '.join(models)})"
+    )
+
+
 def _strips(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     parser.add_argument(
@@ -76,6 +83,19 @@ model that timm knows by name has random weights (timm's ResNets then show littl
 residual branches that give zero). FILE.csv has the numbers.
 """,
         _receptive_field,
+    ),
+    "token-mixing": (
+        """Token mixing, counted: what its layers spend on tokens and what on channels, as in the paper's table 1.
+
+    python tools/visualize.py token-mixing
+    python tools/visualize.py token-mixing --variants strip_mlp_base sparse_mlp_base
+
+By stage, in its first block: the share that layers which mix tokens (interaction) have in the parameters and
+multiply-adds of them and of those which mix channels (fusion). Without biases, gates and depthwise convolutions of
+3 x 3. The layers of CycleMLP, ViP and Hire-MLP that mix tokens mix channels at the same time, and are all interaction
+here. FILE.csv has the numbers.
+""",
+        _token_mixing,
     ),
     "strips": (
         """Strip weights: what the strip MLP layers of a model do with each token of a row or column, patch by patch.
