@@ -63,6 +63,11 @@ class Backbone(nn.Module):
         """Four stages of `depths` blocks, each made by `block(channels, (H, W))`."""
         return stack_blocks(depths, lambda stage, _: block(self.widths[stage], self.map_size(stage)))
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return next(layer.in_channels for layer in self.patch_embed.modules() if isinstance(layer, nn.Conv2d))
+
     def map_size(self, stage: int) -> tuple[int, int]:
         """(H, W) of the map of a stage, from 0."""
         reduction = self.feature_info[stage]["reduction"]
@@ -232,9 +237,12 @@ class Backbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a newly initialised one; `num_classes=0` removes it."""
+        """Replaces the classifier by a newly initialised one, on the same device and in the same dtype; `num_classes=0`
+        removes it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        weight = next(self.parameters())
+        self.head.to(weight.device, weight.dtype)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay besides vectors and biases: none. The released recipe decays the position

@@ -53,7 +53,7 @@ def pointwise_act(x: Tensor, conv: ops.PointwiseConv | ops.PointwiseConvLinear, 
 def mlp(
     x: Tensor, fc1: ops.PointwiseConvLinear, act: nn.GELU, grn: nn.Module | None, fc2: ops.PointwiseConvLinear
 ) -> Tensor:
-    """fc2(grn(act(fc1(x)))), where grn, a `GlobalResponseNorm`, may be None. Shape: (N, C, H, W) -> (N, C_out, H, W)."""
+    """fc2(grn(act(fc1(x)))); grn, a `GlobalResponseNorm`, may be None. Shape: (N, C, H, W) -> (N, C_out, H, W)."""
     if grn is not None and keeps(x) and are_own(act, fc2) and not is_heard(grn):
         hidden = fc1(x)
         weight, bias = cast(fc2.weight, hidden), cast(torch.addmv(fc2.bias, fc2.weight, grn.bias), hidden)

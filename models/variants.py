@@ -3,6 +3,9 @@
 None has weights to download: the authors publish theirs through file-sharing sites. `released.py` loads the files.
 """
 
+from contextlib import nullcontext
+
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -65,14 +68,18 @@ VARIANTS = list(default_cfgs)
 
 
 def _create(model: type[Backbone], variant: str, pretrained: bool, arguments: dict, kwargs: dict) -> Backbone:
-    return build_model_with_cfg(
-        model,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},  # what features_only=True does
-        **{**arguments, **kwargs},
-    )
+    # timm's models take a device, "meta" among them, and a dtype to make their weights in.
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    with torch.device(device) if device is not None else nullcontext():
+        network = build_model_with_cfg(
+            model,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},  # what features_only=True does
+            **{**arguments, **kwargs},
+        )
+    return network if dtype is None else network.to(dtype)
 
 
 @register_model

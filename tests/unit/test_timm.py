@@ -53,6 +53,19 @@ def test_all_are_registered():
         assert timm.get_pretrained_cfg(name).architecture == name
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_device_and_dtype(name):
+    """timm's models are made where and in what they are asked for, and a new classifier comes there too."""
+    model = small(name, device="meta", dtype=torch.bfloat16)
+    model.reset_classifier(7)
+    floats = [value for value in model.state_dict().values() if value.is_floating_point()]
+    assert {(value.device.type, value.dtype) for value in floats} == {("meta", torch.bfloat16)}
+    assert model.get_classifier().out_features == 7
+    assert small(name, in_chans=4, device="meta").in_chans == 4
+    with pytest.raises(TypeError, match="not_an_argument"):
+        small(name, not_an_argument=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_default_cfg(name):
