@@ -128,7 +128,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
             check("group", "group"),
             check("digits", "digits"),
             check("digits_float16", "digits", "--amp", "float16"),
-            Part("resume", drill, 100),
+            Part("resume", drill, 240 if tiny else 100),
         ],
         *(
             [bench(f"compile_{task_name}_{name}", 100, [name, f"{name}:compile"], *task(task_name))]
