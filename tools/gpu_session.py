@@ -92,7 +92,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
     sizes = {"inference": ["--batch-sizes", "256"], "training": ["--batch-sizes", "128"]}
     how = ["--seconds", "12", "--warmup", "3"]
     if tiny:
-        ours, main, peers = ["strip_mlp_pico"], "strip_mlp_pico", ["resnet18"]
+        ours, main, peers = ["strip_mlp_pico"], "strip_mlp_pico", ["test_resnet"]
         sizes = {name: ["--batch-sizes", "2"] for name in sizes}
         how = ["--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--warmup", "0"]
 
@@ -118,7 +118,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
         "--output",
         "FOLDER/runs",
     ]
-    compiled = [main] if tiny else [main, *peers, "strip_mlp_base", "strip_mlp_tiny_light", "strip_mlp_small"]
+    compiled = peers if tiny else [main, *peers, "strip_mlp_base", "strip_mlp_tiny_light", "strip_mlp_small"]
     return [
         [Part("tests", pytest, 90)],
         [bench("eager_inference", 80, [*ours, *peers], *task("inference"), "--count-memory")],
