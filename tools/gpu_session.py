@@ -91,10 +91,12 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
     main, peers = "strip_mlp_tiny", ["swin_tiny_patch4_window7_224", "convnext_tiny"]
     sizes = {"inference": ["--batch-sizes", "256"], "training": ["--batch-sizes", "128"]}
     how = ["--seconds", "12", "--warmup", "3"]
+    checks = 100  # seconds
     if tiny:
         ours, main, peers = ["strip_mlp_pico"], "strip_mlp_pico", ["test_resnet"]
         sizes = {name: ["--batch-sizes", "2"] for name in sizes}
         how = ["--img-sizes", "32", "--rounds", "3", "--seconds", "0.1", "--warmup", "0"]
+        checks = 240
 
     def bench(name: str, limit: float, contenders: Sequence[str], *more: str, dtype: str = "bfloat16") -> Part:
         command = [sys.executable, "tools/benchmark.py", "--device", device, "--dtypes", dtype, *how, *more]
@@ -105,7 +107,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
 
     def check(name: str, *more: str) -> Part:
         command = [sys.executable, "tools/gpu_checks.py", *more, "--device", device, "--output", "FOLDER"]
-        return Part(name, [*command, *(["--tiny"] if tiny else [])], 90)
+        return Part(name, [*command, *(["--tiny"] if tiny else [])], checks)
 
     tests = [
         str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/*/*.py")) if "mark.cuda" in path.read_text()
@@ -128,7 +130,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
             check("group", "group"),
             check("digits", "digits"),
             check("digits_float16", "digits", "--amp", "float16"),
-            Part("resume", drill, 240 if tiny else 100),
+            Part("resume", drill, checks),
         ],
         *(
             [bench(f"compile_{task_name}_{name}", 100, [name, f"{name}:compile"], *task(task_name))]
