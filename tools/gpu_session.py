@@ -133,7 +133,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
             Part("resume", drill, checks),
         ],
         *(
-            [bench(f"compile_{task_name}_{name}", 100, [name, f"{name}:compile"], *task(task_name))]
+            [bench(f"compile_{task_name}_{name}", checks, [name, f"{name}:compile"], *task(task_name))]
             for name in compiled[:1]
             for task_name in ("training", "inference")
         ),
@@ -249,6 +249,8 @@ class Running:
         self.family: list[psutil.Process] = []
         # On a CPU that others use too, a second thread costs far more than it gains.
         threads = {"OMP_NUM_THREADS": "1"} if "cpu" in part.command else {}
+        # A compiler that is killed leaves half a library, which the next part would load.
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
         with open(folder / "log.txt", "wb") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -257,7 +259,7 @@ class Running:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**threads, **os.environ, **cache, "PYTHONUNBUFFERED": "1"},
             )
 
     def is_over(self) -> bool:
@@ -292,13 +294,15 @@ class Running:
         return [path.read_text() for path in sorted(self.folder.glob("*.md"))]
 
     def outcome(self) -> Outcome:
-        status = "timed out" if self.timed_out else "failed" if self.process.returncode else "ok"
-        shown = status != "ok" or not self.texts()
-        lines = self.log().rstrip().splitlines()[-LAST_LINES:] if shown else []
         data = {}
         for path in sorted(self.folder.glob("*.json")):
             with contextlib.suppress(ValueError):  # a part that was killed may have left half a file
                 data[path.stem] = json.loads(path.read_text())
+        # The benchmark goes on after a network that fails.
+        failed = self.process.returncode or any(row["problem"] for row in data.get("result", {}).get("rows", ()))
+        status = "timed out" if self.timed_out else "failed" if failed else "ok"
+        shown = status != "ok" or not self.texts()
+        lines = self.log().rstrip().splitlines()[-LAST_LINES:] if shown else []
         command = shlex.join(self.part.command)
         return Outcome(self.part.name, status, self.seconds, self.process.returncode, command, lines, data)
 

@@ -44,11 +44,16 @@ def test_parts_are_reported_as_they_end(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_session, "GRACE", 0.5)
     # The last part ends well only if the results of those before it are there.
     looks = f"import pathlib; assert 'timed out' in pathlib.Path({str(tmp_path / 'report.md')!r}).read_text()"
-    plan = [[stub("writes", WRITES), stub("fails", FAILS)], [stub("hangs", HANGS, limit=2)], [stub("looks", looks)]]
+    partly = WRITES.replace('{"images": 7}', '{"rows": [{"problem": ""}, {"problem": "out of memory"}]}')
+    plan = [
+        [stub("writes", WRITES), stub("fails", FAILS), stub("partly", partly)],
+        [stub("hangs", HANGS, limit=2)],
+        [stub("looks", looks)],
+    ]
     outcomes = run_session(plan, Report(tmp_path), seconds=60)
     found = {outcome.part: outcome for outcome in outcomes}
     statuses = {name: outcome.status for name, outcome in found.items()}
-    assert statuses == {"writes": "ok", "fails": "failed", "hangs": "timed out", "looks": "ok"}
+    assert statuses == {"writes": "ok", "fails": "failed", "partly": "failed", "hangs": "timed out", "looks": "ok"}
     assert found["fails"].last_lines == ["all is well", "now it is not"]
     assert found["writes"].data == {"result": {"images": 7}}
     assert [line["part"] for line in read(tmp_path)] == [outcome.part for outcome in outcomes]
