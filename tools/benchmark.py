@@ -3,6 +3,7 @@
     python tools/benchmark.py
     python tools/benchmark.py --contenders strip_mlp_tiny literal:strip_mlp_tiny convnext_tiny --modes eager compile
     python tools/benchmark.py --contenders strip_mlp_tiny:reparameterized strip_mlp_tiny --tasks inference
+    python tools/benchmark.py --kernels --contenders strip_mlp_tiny --tasks training
     python tools/benchmark.py --growth
     python tools/benchmark.py --data --help
 
@@ -12,6 +13,7 @@ reparameterized+compile, for training checkpoint or checkpoint+compile (activati
 Contenders of the same task, dtype, batch and image size are timed in turn in one process, in an order that rotates.
 Training is forward pass, cross-entropy, backward pass and a fused AdamW step; stochastic depth is 0 everywhere.
 
+--kernels profiles instead: how many kernels a step launches, and the ten dearest.
 --growth measures over image sizes and over the variants, and fits the exponents; it needs requirements/figures.txt.
 --data measures the data pipeline and has options of its own.
 """

@@ -22,7 +22,7 @@ from bench.contenders import (
     set_checkpointing,
 )
 from bench.growth import Counted, Exponent
-from bench.memory import measured_peak
+from bench.memory import counted_peak, measured_peak
 from bench.timing import OtherLoad, Quartiles, Timing, interleave, rotated
 from complexity import Complexity
 from torch import nn
@@ -173,6 +173,9 @@ def test_memory_meter(monkeypatch):
     step = Step(Contender("wide"), images, targets, "training")
     step()
     assert measured_peak(step) == pytest.approx(held + 3 * weights, rel=0.03)  # gradients and two moments
+    for task, expected in (("inference", held + 2 * activations), ("training", held + 3 * weights)):
+        counted = counted_peak(Contender("wide"), 64, 32, task, torch.float32, CPU, "contiguous")
+        assert counted == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.cuda
@@ -205,7 +208,7 @@ def test_work_by_hand():
 def test_comparison(monkeypatch, tmp_path, capsys):
     output = tmp_path / "new" / "b.json"
     for _ in range(2):
-        run(monkeypatch, "--contenders", *PICO, "resnet18", *QUICK, "--output", output)
+        run(monkeypatch, "--contenders", *PICO, "resnet18", *QUICK, "--count-memory", "--output", output)
     assert f"{output} was there already: kept as b.1.json" in capsys.readouterr().err
     assert sorted(path.name for path in output.parent.iterdir()) == ["b.1.json", "b.1.md", "b.json", "b.md"]
     data = json.loads(output.read_text())
@@ -320,6 +323,17 @@ def test_growth(monkeypatch, tmp_path):
     assert int(rows[5]["counted_bytes"]) > 0
 
 
+def test_kernels(monkeypatch, tmp_path):
+    output = tmp_path / "k.json"
+    arguments = ["--kernels", "--contenders", "strip_mlp_pico", "--tasks", "inference"]
+    run(monkeypatch, *arguments, *QUICK, "--output", output)
+    (step,) = json.loads(output.read_text())["steps"]
+    assert len(step["dearest"]) == 10
+    assert step["launches"] > sum(kernel["launches"] for kernel in step["dearest"]) > 10
+    assert step["seconds"] >= sum(kernel["seconds"] for kernel in step["dearest"]) > 0
+    assert "| aten::" in output.with_suffix(".md").read_text()
+
+
 def test_exponent():
     assert Exponent.of([1, 2, 4], [5, 40, 320]).k == pytest.approx(3)
     assert Exponent.of([1], [1]) is None
@@ -342,6 +356,7 @@ def test_exponent():
         (["--seconds", "-1"], "--seconds is -1; accepted: more than 0"),
         (["--output", "b.txt"], "accepted: a name that ends in .json"),
         (["--growth", "--batch-sizes", "2", "4"], "--growth takes one of"),
+        (["--kernels", "--growth"], "--kernels goes with none of"),
         (["--dtypes", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -24,7 +24,8 @@ from bench.contenders import (
     reparameterize,
     set_checkpointing,
 )
-from bench.memory import measured_peak
+from bench.kernels import NOTES, Profile, profile_step
+from bench.memory import counted_peak, measured_peak
 from bench.options import FEWEST_ROUNDS, LITERAL
 from bench.report import document, kept_aside, machine, save, say
 from bench.revision import RemoteStep, checkout
@@ -57,6 +58,7 @@ class Row:
         ratios: speed relative to others of the group, round by round: to "literal", the equations of the same variant,
             and to "revision", the same contender of --against. Without those that were not run.
         peak_bytes: of a step, with weights; None if it failed.
+        counted_bytes: the same, counted; None if that was not asked for, or cannot be.
         matrix_share: of the machine's matrix ceiling in the same rounds.
         memory_share: of its memory ceiling in the same rounds.
     """
@@ -66,14 +68,16 @@ class Row:
     timing: Timing
     ratios: dict[str, Quartiles] = field(default_factory=dict)
     peak_bytes: int | None = None
+    counted_bytes: int | None = None
     matrix_share: float | None = None
     memory_share: float | None = None
 
-    def cells(self, references: Sequence[str]) -> tuple[str, ...]:
+    def cells(self, references: Sequence[str], counts_memory: bool) -> tuple[str, ...]:
         """Those of a table whose ratios are to `references`."""
-        peak = f"{self.peak_bytes / 2**20:,.0f}" if self.peak_bytes else "-"
+        peaks = [f"{count / 2**20:,.0f}" if count else "-" for count in (self.peak_bytes, self.counted_bytes)]
+        peaks = peaks if counts_memory else peaks[:1]
         if not self.timing.seconds:
-            return (self.contender.label, "-", "-", *("-" for _ in references), peak, "-", "-", self.timing.problem)
+            return (self.contender.label, "-", "-", *("-" for _ in references), *peaks, "-", "-", self.timing.problem)
         time = Quartiles.of(self.timing.seconds)
         milliseconds = f"{1e3 * time.median:.2f} [{1e3 * time.low:.2f}, {1e3 * time.high:.2f}]"
         speed = self.group.batch / time.median
@@ -82,7 +86,7 @@ class Row:
         shares = [
             f"{100 * share:.0f} %" if share is not None else "-" for share in (self.matrix_share, self.memory_share)
         ]
-        return (self.contender.label, f"{speed:.1f}", milliseconds, *times, peak, *shares, time.remark)
+        return (self.contender.label, f"{speed:.1f}", milliseconds, *times, *peaks, *shares, time.remark)
 
     def data(self) -> dict:
         """For JSON."""
@@ -96,6 +100,7 @@ class Row:
             "seconds": asdict(time) if time else None,
             **{f"ratio_to_{reference}": asdict(each) for reference, each in self.ratios.items()},
             "peak_bytes": self.peak_bytes,
+            "counted_bytes": self.counted_bytes,
             "matrix_share": self.matrix_share,
             "memory_share": self.memory_share,
             "first_call_seconds": self.timing.first,
@@ -105,12 +110,13 @@ class Row:
         }
 
 
-def titles(references: Sequence[str], revision: str) -> tuple[str, ...]:
+def titles(references: Sequence[str], revision: str, counts_memory: bool) -> tuple[str, ...]:
     names = {"literal": "literal", "revision": revision}
     return (
         *("contender", "images/s", "ms per batch [quartiles]"),
         *(f"times as fast as {names[reference]}" for reference in references),
-        *("peak, MiB", "of matrix ceiling", "of memory ceiling", "remark"),
+        *(("peak, MiB", "counted, MiB") if counts_memory else ("peak, MiB",)),
+        *("of matrix ceiling", "of memory ceiling", "remark"),
     )
 
 
@@ -131,10 +137,13 @@ class Table:
     def text(self, revision: str) -> str:
         """As Markdown."""
         references = [name for name in ("literal", "revision") if any(name in row.ratios for row in self.rows)]
+        counts_memory = any(row.counted_bytes for row in self.rows)
         typical, most = 100 * statistics.median(self.others), 100 * max(self.others)
         return (
             f"## {self.group}\n\n"
-            + markdown(titles(references, revision), [row.cells(references) for row in self.rows])
+            + markdown(
+                titles(references, revision, counts_memory), [row.cells(references, counts_memory) for row in self.rows]
+            )
             + f"\nOther programs took {typical:.0f} % of the processors' time in the median round, {most:.0f} % in the "
             f"worst. Ceilings in the same rounds: {self.ceilings.flops / 1e12:.3f} TFLOP/s ({self.ceilings.flops_by}), "
             f"{self.ceilings.bandwidth / 1e9:.1f} GB/s.\n"
@@ -170,6 +179,17 @@ def build_step(
     return RemoteStep(args.revision_folder, contender.name, settings)
 
 
+def counted(contender: Contender, group: Group, args: argparse.Namespace) -> int | None:
+    """The peak of a step, counted; None, with a note, if that cannot be done: it is no reason to lose a row."""
+    try:
+        return counted_peak(
+            *(contender, group.batch, group.img_size, group.task, DTYPES[group.dtype], args.device, args.memory_format)
+        )
+    except Exception as error:  # of operations that do not run on fake tensors
+        say(f"{contender.label}: its memory cannot be counted: {describe(error)}")
+        return None
+
+
 def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.Namespace) -> Table | None:
     """Compares contenders. If one fails, its row says so, and the others go on. None if none is of this task."""
     contenders = [contender for contender in contenders if contender.task in (None, group.task)]
@@ -189,6 +209,8 @@ def measure_group(group: Group, contenders: Sequence[Contender], args: argparse.
                     processes.callback(step.close)
                 row.timing = warm_up(step, args.warmup)
                 row.peak_bytes = step.measured_peak() if contender.revision else measured_peak(step)
+                if args.count_memory and not contender.revision:
+                    row.counted_bytes = counted(contender, group, args)
                 steps[contender.label] = step
             except Exception as error:  # any model's or compiler's own
                 row.timing.problem = describe(error)
@@ -262,6 +284,11 @@ def notes(args: argparse.Namespace) -> list[str]:
         "passes for a training step, and the model as it is defined, whatever its mode. The ceilings are measured "
         "anew in each round.",
     ]
+    if args.count_memory:
+        said.append(
+            "Counted: the same peak from the sizes of all results of PyTorch's operations, each as long as something "
+            "holds it. What libraries work in, and gaps between tensors, are not in it; compiled steps have none."
+        )
     if args.against:
         said.append(f"NAME@{args.against}: the same model by the code of that revision, in a process of its own.")
     if args.device.type == "cuda":
@@ -367,6 +394,32 @@ def run_growth(
     )
 
 
+def run_kernels(args: argparse.Namespace, contenders: Sequence[Contender], about: dict, settings: dict) -> None:
+    """Profiles contender after contender, and writes JSON and Markdown after each."""
+    found: list[tuple[Group, Profile]] = []
+    for group, contender in itertools.product(as_groups(args), contenders):
+        if contender.task not in (None, group.task):
+            continue
+        say(f"{group}: profiling {contender.label}")
+        batch = random_batch(group.batch, group.img_size, args.device, args.memory_format)
+        try:
+            step = build_step(contender, group, args, batch)
+            warm_up(step, args.warmup)
+            found.append((group, profile_step(step)))
+        except Exception as error:  # any model's or compiler's own
+            say(f"{contender.label}: {describe(error)}")
+            continue
+        finally:
+            step = None
+            release(args.device)
+        texts = [f"## {profile.label}: {of}\n\n{profile.text()}" for of, profile in found]
+        print(texts[-1], flush=True)
+        data = {"machine": about, "settings": settings, "steps": [{**asdict(g), **asdict(p)} for g, p in found]}
+        save(args.output, {".json": json.dumps(data, indent=1), ".md": document("Kernels", about, NOTES, *texts)})
+    if not found:
+        raise UserError("none of the contenders could be run")
+
+
 def run_comparison(args: argparse.Namespace, contenders: Sequence[Contender], about: dict, settings: dict) -> None:
     """Measures group after group, and writes JSON and Markdown after each."""
     tables: list[Table] = []
@@ -397,7 +450,9 @@ def run(args: argparse.Namespace) -> None:
     about = machine(args.device)
     names = ("memory_format", "compile_mode", "freeze", "warmup", "rounds", "seconds", "against")
     settings = {name: getattr(args, name) for name in names}
-    if grown:
+    if args.kernels:
+        run_kernels(args, contenders, about, settings)
+    elif grown:
         run_growth(args, grown[0], contenders, about, settings)
     elif args.against:
         with checkout(args.against) as args.revision_folder:

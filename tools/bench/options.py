@@ -56,6 +56,9 @@ def parse_args(argv: Sequence[str], description: str) -> argparse.Namespace:
         metavar="CONTENDER",
         help="cost over image sizes of one model (strip_mlp_tiny), and over the variants (--contenders) at 224",
     )
+    parser.add_argument(
+        "--kernels", action="store_true", help="how many kernels a step launches, and the dearest, instead of speeds"
+    )
     parser.add_argument("--contenders", nargs="+", metavar="CONTENDER", help=f"default: {' '.join(DEFAULT)}")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="of contenders that name none")
     parser.add_argument(
@@ -71,6 +74,9 @@ def parse_args(argv: Sequence[str], description: str) -> argparse.Namespace:
         "--freeze",
         action=argparse.BooleanOptionalAction,
         help="compile inference with the weights for constants (default: on the CPU)",
+    )
+    parser.add_argument(
+        "--count-memory", action="store_true", help="a column with the peak that the operations' results add up to"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, metavar="N", help="of PyTorch on the CPU")
@@ -94,12 +100,18 @@ def parse_args(argv: Sequence[str], description: str) -> argparse.Namespace:
         parser.error(f"--output is {args.output}; accepted: a name that ends in .json")
     if args.growth and any(values and len(values) > 1 for values in (args.batch_sizes, args.dtypes, args.modes)):
         parser.error("--growth takes one of --batch-sizes, --dtypes and --modes")
+    if args.kernels and (args.growth or args.against or args.count_memory):
+        parser.error("--kernels goes with none of --growth, --against and --count-memory")
+    if args.growth and args.count_memory:
+        parser.error("--growth counts memory by itself; --count-memory is for comparisons")
     if args.growth and args.against:
         parser.error("--growth and --against exclude each other")
     args.img_sizes = args.img_sizes or (list(GROWTH_SIZES) if args.growth else [224])
     if args.growth and (len(set(args.img_sizes)) < 2 or any(size % 32 for size in args.img_sizes)):
         parser.error(f"--img-sizes {' '.join(map(str, args.img_sizes))}: --growth takes two or more multiples of 32")
-    args.output = args.output or Path(f"output/{'growth' if args.growth else 'benchmark'}.json")
+    args.output = args.output or Path(
+        f"output/{'growth' if args.growth else 'kernels' if args.kernels else 'benchmark'}.json"
+    )
     args.contenders = args.contenders or list(VARIANTS if args.growth else DEFAULT)
     return args
 
