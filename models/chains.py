@@ -78,13 +78,10 @@ def trains(x: Tensor, norm: nn.BatchNorm2d) -> bool:
 
 def infers(x: Tensor) -> bool:
     """Whether oneDNN's convolutions with an activation serve: on CPUs, without a backward pass."""
-    return (
-        not torch.is_grad_enabled()
-        and is_eager(x)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and has_fused_convolution()
-    )
+    if torch.is_grad_enabled() or not is_eager(x) or x.device.type != "cpu":
+        return False
+    dtype = autocast_dtype(x)
+    return dtype in (torch.float32, torch.bfloat16) and has_fused_convolution(dtype)
 
 
 def is_eager(x: Tensor) -> bool:
@@ -94,17 +91,18 @@ def is_eager(x: Tensor) -> bool:
 
 
 @functools.cache
-def has_fused_convolution() -> bool:
+def has_fused_convolution(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has the operator, which its compiler uses too, and this processor runs it."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     x, weight = torch.linspace(-2, 2, 16).view(1, 4, 2, 2), torch.linspace(-1, 1, 12).view(3, 4)
-    try:
-        with torch.no_grad():
-            found = _convolution_gelu(x, weight, torch.ones(3))
-    except (RuntimeError, TypeError):  # not in this build, or with other arguments
-        return False
-    return torch.allclose(found, F.gelu(F.conv2d(x, weight[:, :, None, None], torch.ones(3))), atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = F.gelu(F.conv2d(x, weight[:, :, None, None], torch.ones(3)))
+        try:
+            found = _convolution_gelu(*(tensor.to(dtype) for tensor in (x, weight, torch.ones(3))))
+        except (RuntimeError, TypeError):  # not in this build, not with these arguments, or not in this dtype
+            return False
+    return torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 def are_own(*layers: nn.Module) -> bool:
@@ -126,12 +124,16 @@ def is_heard(layer: nn.Module) -> bool:
 # How
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """That products with x are computed in."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+
+
 def cast(parameter: Tensor, x: Tensor) -> Tensor:
     """In the dtype that autocast would give it beside x. Autocast does not look into the functions below."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and parameter.dtype == torch.float32:
-        return parameter.to(torch.get_autocast_dtype(device))
-    return parameter
+    return parameter.to(autocast_dtype(x))
 
 
 def batch_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float, float]:
@@ -151,9 +153,8 @@ def gelu_(x: Tensor) -> Tensor:
 
 def pointwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(pointwise(x, weight, bias)), without a gradient."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _convolution_gelu(*(tensor.to(dtype) for tensor in (x, weight, bias)))
+    dtype = autocast_dtype(x)
+    return _convolution_gelu(x.to(dtype), weight.to(dtype), bias.to(dtype))
 
 
 def _convolution_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

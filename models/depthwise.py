@@ -24,7 +24,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     needs_help = x.device.type == "cpu" and weight.shape[-1] > FAST_COLUMNS and weight.requires_grad
     if not needs_help or not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return F.conv2d(x, weight, padding=same_padding(weight), groups=len(weight))
-    if torch.is_autocast_enabled("cpu"):  # which does not look into the backward pass
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # autocast does not look into the backward pass
         dtype = torch.get_autocast_dtype("cpu")
         x, weight = x.to(dtype), weight.to(dtype)
     return _WideDepthwise.apply(x, weight)
