@@ -81,7 +81,10 @@ def write_program(model: nn.Module, images: Tensor, path: Path, properties: Mapp
 
 def write_package(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
     """Writes the model compiled by inductor for this kind of processor, with its weights laid out for it, otherwise as
-    `write_onnx`. Takes minutes and a C++ compiler."""
+    `write_onnx`. Takes minutes and a C++ compiler.
+
+    What runs it must give it images in the memory format of the example: it does not check their strides.
+    """
     options = {"freezing": True, "aot_inductor.metadata": dict(properties)}
     torch._inductor.aoti_compile_and_package(
         program_of(model, images), package_path=str(path), inductor_configs=options

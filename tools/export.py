@@ -9,7 +9,7 @@ the same.
 
 openvino writes two files, NAME.xml and the weights in NAME.bin. aoti is a package that inductor compiles for processors
 like this one, which takes minutes and a C++ compiler: torch._inductor.aoti_load_package runs it without the model's
-code.
+code. It wants contiguous images, and does not check that they are.
 
 The file takes batches of any size as `images` and gives `logits` (N, classes), float32. `images` are RGB, (N, 3, H, W):
 float32, normalised as in training; with --normalize uint8, 0 to 255, which the file normalises itself. What it takes,

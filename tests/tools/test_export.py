@@ -267,7 +267,7 @@ def test_compiled_package(monkeypatch, capsys, checkpoint, trained, tmp_path):
     path = tmp_path / "model.pt2"
     result = run(monkeypatch, capsys, checkpoint, "--format", "aoti", "--output", path)
     assert result.status == 0 and float(rows(result.out)["compiled package"][1]) < 1e-4
-    images = trained.normalize(pixels(5))
+    images = trained.normalize(pixels(5)).contiguous()
     torch.save(images, tmp_path / "images.pt")
     script = (
         "import sys, torch; model = torch._inductor.aoti_load_package('model.pt2'); assert 'models' not in sys.modules;"
@@ -279,4 +279,5 @@ def test_compiled_package(monkeypatch, capsys, checkpoint, trained, tmp_path):
     assert json.loads(classes) == NAMES
     engine = build_engine(str(path), trained.model, trained.config, torch.device("cpu"), None, 5, 5, print)
     with torch.inference_mode():
-        torch.testing.assert_close(engine(images), found)
+        channels_last = images.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(engine(channels_last), found)
