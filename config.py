@@ -434,6 +434,10 @@ def get_default_config() -> CfgNode:
 # What `main_eval.py --eval-set` accepts, see data/matching.py
 EVAL_SETS = ("imagenet-r", "imagenet-a", "imagenet-sketch", "imagenet-v2", "imagenet-real", "numbered")
 
+# What --engine accepts, see engine/inference.py; and the ends of the names of exported files
+ENGINES = ("auto", "torch", "reparameterized", "compile", "onnxruntime", "openvino")
+ENGINE_FILES = (".onnx", ".xml", ".pt2")
+
 
 def add_arguments(parser: argparse.ArgumentParser, cfg_required: bool = True) -> None:
     """The options that all entry points share; `get_config` reads them."""
@@ -487,6 +491,26 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser, nargs: str | None 
     )
     _add_ema(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to run (DEVICE)")
+
+
+def add_engine_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that names what computes the model; `engine.inference.build_engine` reads it."""
+    parser.add_argument(
+        "--engine",
+        type=_engine,
+        default="auto",
+        metavar="NAME",
+        help=f"what computes the model: {', '.join(ENGINES)}, or a file of tools/export.py, which you trust (default: "
+        "auto, the fastest that is installed and exact, where it saves more time than it takes to prepare)",
+    )
+
+
+def _engine(text: str) -> str:
+    if text not in ENGINES and Path(text).suffix not in ENGINE_FILES:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; accepted: {', '.join(ENGINES)}, or a file that ends in {', '.join(ENGINE_FILES)}"
+        )
+    return text
 
 
 # The keys of a config that do not reach its model, and why.

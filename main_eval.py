@@ -19,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from config import EVAL_SETS, add_arguments, get_config
+from config import EVAL_SETS, add_arguments, add_engine_argument, get_config
 from utils import UserError, parse_first, run_entry_point
 
 REPORT_SUFFIXES = (".txt", ".json", ".csv")
@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
         help="write precision, recall and F1 of each class and who is taken for whom: a .txt, .json or .csv file, or a "
         "folder for all of them",
     )
+    add_engine_argument(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the results there too")
     args = parser.parse_args()
     if args.eval_set and args.split:
@@ -80,7 +81,7 @@ def main() -> None:
     config, notes = get_config(args, idle_keys, own)
     world = init_world(config.DEVICE, args.local_rank)
     with lost_processes_named():
-        options = EvalOptions(args.split, args.eval_set, args.real_labels, args.report)
+        options = EvalOptions(args.split, args.eval_set, args.real_labels, args.report, args.engine)
         result = evaluate_run(config, notes, world, args.resume or args.pretrained, args.throughput, options)
     if args.json and world.is_main:
         try:

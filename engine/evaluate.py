@@ -29,6 +29,7 @@ from data import (
 from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from data.matching import EvalSet, build_eval_set, match_classes
 from engine.control import Control
+from engine.inference import build_engine
 from engine.report import Report
 from logger import ALL_RANKS, create_logger
 from models import build_model, prepare_model
@@ -247,12 +248,14 @@ class EvalOptions:
         eval_set: one of `config.EVAL_SETS`, or "".
         real_labels: the file of ImageNet's ReaL labels, for that set.
         report: a file or a folder for results per class, see `engine.report`.
+        engine: what computes the model, see `engine.inference`; "auto" is "torch" where its throughput is measured.
     """
 
     split: str = ""
     eval_set: str = ""
     real_labels: Path | None = None
     report: Path | None = None
+    engine: str = "torch"
 
 
 def evaluate_run(
@@ -300,7 +303,8 @@ def evaluate_run(
     model = build_model(config)
 
     if measure_throughput:
-        prepare_model(config, model, world.device)
+        engine = "torch" if options.engine == "auto" else options.engine
+        model = with_engine(config, model, loader, world, logger, engine)
         images = next(iter(loader)).image
         speed = throughput(config, model, images, world)
         logger.info(f"throughput {speed:.1f} images/s per process at batch {len(images)}, {amp}")
@@ -312,7 +316,7 @@ def evaluate_run(
     if sources and other_classes(content, loader.dataset.classes):
         message = f"{path} was trained on classes of other names than the data has: the accuracy may mean nothing"
         logger.warning(message, extra=ALL_RANKS)
-    prepare_model(config, model, world.device)
+    model = with_engine(config, model, loader, world, logger, options.engine)
     score = Score(config, model, len(loader.dataset), world, data.columns, data.accepted)
     try:
         metrics, _ = evaluate(config, model, loader, world, logger, score=score)
@@ -332,6 +336,13 @@ def evaluate_run(
         result["balanced_accuracy"] = report.balanced_accuracy
         logger.info(f"balanced accuracy {report.balanced_accuracy:.3f} %; results per class are in {options.report}")
     return result
+
+
+def with_engine(config, model: nn.Module, loader: DataLoader, world: World, logger: Logger, name: str) -> nn.Module:
+    """The model, prepared and moved to the device, or the engine of that name in its place."""
+    prepare_model(config, model, world.device)
+    amp, batch = resolve_amp(config, world.device), config.DATA.BATCH_SIZE
+    return build_engine(name, model.eval(), config, world.device, amp, len(loader) * batch, batch, logger.info)
 
 
 def plain_sources(config, world: World, split: str) -> Sources:

@@ -1,12 +1,20 @@
-"""Export a trained model to ONNX or to a program of torch.export, and check that it computes the same.
+"""Export a trained model to ONNX, OpenVINO, a program of torch.export or a compiled package, and check that it computes
+the same.
 
     python tools/export.py output/strip_mlp_pico_digits/default/best.pth --evaluate
     python tools/export.py best.pth --format torch --normalize --output model.pt2
     python tools/export.py best.pth --int8 --output model_int8.onnx --evaluate
+    python tools/export.py best.pth --format openvino --output model.xml --evaluate
+    python tools/export.py best.pth --format aoti --output model_compiled.pt2
+
+openvino writes two files, NAME.xml and the weights in NAME.bin. aoti is a package that inductor compiles for processors
+like this one, which takes minutes and a C++ compiler: torch._inductor.aoti_load_package runs it without the model's
+code. It wants contiguous images, and does not check that they are.
 
 The file takes batches of any size as `images` and gives `logits` (N, classes), float32. `images` are RGB, (N, 3, H, W):
 float32, normalised as in training; with --normalize uint8, 0 to 255, which the file normalises itself. What it takes,
-H and W, mean, std and the names of the classes are in the file: ONNX's metadata_props, or metadata.json in a .pt2.
+H and W, mean, std and the names of the classes are in the file: ONNX's metadata_props, OpenVINO's rt_info,
+metadata.json in a program, get_metadata() of a compiled package.
 
 Before the file gets its name, its logits for random images, of batch sizes 1 and 3, are compared with those of the
 model itself in PyTorch: where they differ by more than --tolerance, nothing is written.
@@ -19,19 +27,17 @@ quantised one differs is printed, not judged: --evaluate shows what it costs.
 by PyTorch and the exported files in turn: accuracy, and medians of milliseconds per image over the batches, all on the
 CPU with as many threads as PyTorch has (OMP_NUM_THREADS).
 
-Needs onnx, onnxscript and onnxruntime for ONNX. The exit status is 0 if the file was written, 1 on any error, 2 for
-options that are not accepted.
+Needs onnx, onnxscript and onnxruntime for ONNX, openvino for OpenVINO. The exit status is 0 if the file was written, 1
+on any error, 2 for options that are not accepted.
 """
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import add_checkpoint_arguments, image_size
 from utils import UserError, parse_first, require, run_entry_point, writing_to
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}  # by --format
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "aoti": ".pt2"}  # by --format
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,8 +61,8 @@ def parse_args() -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a name that ends in .onnx or .pt2; an existing file is replaced (default: the checkpoint's name beside "
-        "it, if there is no such file)",
+        help="a name that ends in .onnx, .xml or .pt2; an existing file is replaced (default: the checkpoint's name "
+        "beside it, if there is no such file)",
     )
     parser.add_argument("--normalize", action="store_true", help="the file takes uint8 images and normalises them")
     parser.add_argument(
@@ -93,12 +99,10 @@ from tqdm import tqdm
 
 from data import build_eval_loader
 from data.transforms import SMALL_IMAGE
+from engine.exported import FORMATS, first_line, quiet
 from engine.trained import Trained, load_trained
 from runtime.distributed import World
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# All versions of PyTorch's exporter write this opset. Others are converted from it, and fewer runtimes read them.
-OPSET = 18
 TRACED_BATCH = 2  # torch.export would treat a size of 1 as a constant
 CHECKED_BATCHES = (1, 3)
 
@@ -184,43 +188,6 @@ def preprocessing(config) -> str:
     return f"resize, keeping the ratio, to cover {cover} (height x width), {method}, as Pillow does; crop the centre"
 
 
-@contextmanager
-def quiet():
-    """Hides the warnings of exporters and quantisers. The check of the logits covers what they warn of."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def write_onnx(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
-    """Writes the model as one ONNX file. Raises any exception of the exporter."""
-    program = torch.onnx.export(
-        model,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        opset_version=OPSET,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
-    for node in program.model.graph:
-        node.metadata_props.clear()  # source lines of the model's code, a fifth of a small file
-    program.model.metadata_props.update(properties)
-    program.save(path)
-
-
-def write_program(model: nn.Module, images: Tensor, path: Path, properties: Mapping[str, str]) -> None:
-    """Writes the model as a program of torch.export; otherwise as `write_onnx`."""
-    with torch.no_grad():
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(properties)})
-
-
 def quantize(source: Path, path: Path) -> None:
     """Writes an ONNX file with matrix products, and convolutions without groups, in 8-bit integers."""
     import onnx
@@ -253,51 +220,19 @@ def quantize(source: Path, path: Path) -> None:
         )
 
 
-def onnx_runner(path: Path, before: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An ONNX file on the CPU, on as many threads as PyTorch has.
-
-    Args:
-        before: what is done to uint8 images (N, 3, H, W) first.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": before(images).numpy()})[0])
-
-
-def program_runner(path: Path, before: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A program of torch.export, loaded back; otherwise as `onnx_runner`."""
-    with quiet():
-        module = torch.export.load(path).module()
-    return lambda images: module(before(images))
-
-
-FORMATS = {
-    "onnx": (write_onnx, onnx_runner, "ONNX"),
-    "torch": (write_program, program_runner, "torch.export"),
-}
-
-
 @contextmanager
 def exporting(name: str, form: str):
-    """Inside, `write_onnx` and `write_program` do not warn, and their errors become UserErrors."""
+    """Inside, writing a format does not warn, and its errors become UserErrors."""
     try:
         with quiet():
             yield
     except OSError:  # the disk's
         raise
     except Exception as error:  # exporters raise anything
-        cause: BaseException = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        reason = (str(cause).splitlines() or [""])[0]
-        (other,) = set(FORMATS) - {form}
+        others = " or ".join(f"--format {other}" for other in FORMATS if other != form)
         raise UserError(
-            f"torch {torch.__version__} cannot export {name} with --format {form} ({type(cause).__name__}: {reason}); "
-            f"accepted: --format {other}, or newer versions of torch and onnxscript"
+            f"torch {torch.__version__} cannot export {name} with --format {form} ({first_line(error)}); "
+            f"accepted: {others}, or newer versions of torch and of requirements/export.txt"
         ) from error
 
 
@@ -342,8 +277,13 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
         UserError: it cannot be exported or written, or computes something else.
     """
     size = image_size(trained.config)
-    write, runner, name = FORMATS[args.format]
+    form = FORMATS[args.format]
     before = (lambda images: images) if args.normalize else (lambda images: trained.normalize(images).contiguous())
+
+    def loaded(path: Path) -> Callable[[Tensor], Tensor]:
+        run = form.load(path)
+        return lambda images: run(before(images))
+
     forms = [Form("PyTorch", lambda images: trained.model(trained.normalize(images)))]
     bar = tqdm(total=3 + args.int8, leave=False, disable=None)
     with bar, writing_to(output.parent), TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
@@ -353,11 +293,11 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
         properties = metadata(trained, args.reparameterize, args.normalize)
         images = before(random_images(size, TRACED_BATCH))
         with exporting(trained.config.MODEL.NAME, args.format):
-            write(model, images, path, properties)
+            form.write(model, images, path, properties)
         bar.update()
 
         bar.set_description("check")
-        exported = Form(name, runner(path, before), path)
+        exported = Form(form.title, loaded(path), path)
         exported.difference = largest_difference(exported, forms[0], size)
         if not exported.difference <= args.tolerance:  # NaN included
             raise UserError(
@@ -371,14 +311,25 @@ def export(trained: Trained, output: Path, args: argparse.Namespace) -> str:
             bar.set_description("quantise")
             path = Path(folder, f"quantised{output.suffix}")
             quantize(exported.path, path)
-            quantised = Form(f"{name}, int8", runner(path, before), path)
+            quantised = Form(f"{form.title}, int8", loaded(path), path)
             quantised.difference = largest_difference(quantised, forms[0], size)
             forms.append(quantised)
             bar.update()
 
         report = table(forms, evaluate(trained, forms) if args.evaluate else 0)
-        os.replace(path, output)
+        for written, final in zip(files_of(path), files_of(output), strict=True):
+            os.replace(written, final)
     return report
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of what is exported as `path`, which is the last: OpenVINO keeps the weights in one of their own."""
+    return [path.with_suffix(".bin"), path] if path.suffix == SUFFIXES["openvino"] else [path]
+
+
+def mebibytes(path: Path) -> float:
+    """The size of what is exported as `path`."""
+    return sum(file.stat().st_size for file in files_of(path)) / 2**20
 
 
 def table(forms: Sequence[Form], evaluated: int) -> str:
@@ -391,7 +342,7 @@ def table(forms: Sequence[Form], evaluated: int) -> str:
     titles += [f"top-1 of {evaluated} images, %", "ms per image", "times as fast"] if evaluated else []
     rows = []
     for form in forms:
-        row = [form.name, f"{form.path.stat().st_size / 2**20:.2f}" if form.path else ""]
+        row = [form.name, f"{mebibytes(form.path):.2f}" if form.path else ""]
         row.append(f"{form.difference:.2g}" if form.path else "")
         if evaluated:
             ratios = [reference / own for own, reference in zip(form.seconds, forms[0].seconds, strict=True)]
@@ -403,12 +354,12 @@ def table(forms: Sequence[Form], evaluated: int) -> str:
 
 def main() -> None:
     args = parse_args()
-    if args.format == "onnx":
-        require(*ONNX_PACKAGES, extra="export")
+    require(*FORMATS[args.format].packages, extra="export")
     args.device = "cpu"
     output = args.output or args.checkpoint.with_suffix(SUFFIXES[args.format])
-    if not args.output and output.exists():
-        raise UserError(f"{output}: is there already; to replace it, name it: --output {output}")
+    for file in files_of(output):
+        if not args.output and file.exists():
+            raise UserError(f"{file}: is there already; to replace it, name it: --output {output}")
     trained = load_trained(args)
     print(export(trained, output, args), end="")
     print(f"\n{output}")

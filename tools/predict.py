@@ -6,6 +6,7 @@
 
 Takes image files of any name, folders (with all below them, files named as images, in sorted order) and "-", which
 reads such paths from standard input, one per line. Images are resized, normalised and computed as main_eval.py does.
+--engine auto takes OpenVINO for many images on a CPU where it is installed; see docs/export.md.
 
 text: a line per image: its path, then each class with its probability (0 to 1), by tabs.
 json: JSON Lines, an object per image: {"file", "predictions": [{"class", "index", "probability"}, ...]}.
@@ -25,14 +26,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from number_options import at_least
 
-from config import add_checkpoint_arguments
+from config import add_checkpoint_arguments, add_engine_argument
 from utils import UserError, parse_first, printable, run_entry_point
 
 
@@ -51,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=at_least(0), default=0, metavar="N", help="processes that read images (default: 0, this one)"
     )
+    add_engine_argument(parser)
     return parser.parse_intermixed_args()  # options may stand between the images
 
 
@@ -67,6 +69,8 @@ from tqdm import tqdm
 from data.decoding import Decoder, build_decoder
 from data.listing import find_images
 from data.sources import read_file
+from engine.evaluate import resolve_amp
+from engine.inference import build_engine
 from engine.trained import Trained, load_trained
 from runtime.signals import ignore_signals
 
@@ -151,6 +155,18 @@ def predict(
             yield Prediction(path, list(zip(names, labels, values, strict=True)))
 
 
+def with_engine(trained: Trained, name: str, images: int, batch_size: int) -> Trained:
+    """The same, with the model computed by the engine of that name; a note on standard error says which is chosen.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    config, device = trained.config, trained.device
+    amp = resolve_amp(config, device)
+    note = lambda text: print(f"note: {text}", file=sys.stderr)  # noqa: E731
+    return replace(trained, model=build_engine(name, trained.model, config, device, amp, images, batch_size, note))
+
+
 def as_text(prediction: Prediction) -> str:
     if prediction.error:
         return ""
@@ -186,7 +202,7 @@ def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
     paths = find_paths(args.images)
-    trained = load_trained(args)
+    trained = with_engine(load_trained(args), args.engine, len(paths), args.batch_size)
     failures = 0
     with contextlib.ExitStack() as stack:
         stream = sys.stdout

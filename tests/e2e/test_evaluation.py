@@ -100,7 +100,11 @@ def test_split_of_folders(named, evaluate, tmp_path):
     for split, images, top1 in (("train", 24, 100), ("val", 12, 75), ("test", 12, 50)):
         result = evaluate(named, tmp_path / "data", "--split", split)
         assert (result["split"], result["images"], result["top1"]) == (split, images, top1)
-    assert evaluate(named, tmp_path / "data")["top1"] == 75
+    plain = evaluate(named, tmp_path / "data")
+    assert plain["top1"] == 75 and "engine:" not in plain["said"]
+    other = evaluate(named, tmp_path / "data", "--engine", "reparameterized")
+    assert (other["top1"], other["val_loss"]) == (75, pytest.approx(plain["val_loss"], rel=1e-4))
+    assert "engine: reparameterized, logits within " in other["said"]
     held_out = ("DATA.VAL_FRACTION", "0.5")
     assert evaluate(named, tmp_path / "data", "--split", "train", opts=held_out)["images"] == 12
     assert evaluate(named, tmp_path / "data", "--split", "test", opts=held_out)["top1"] == 50

@@ -3,6 +3,7 @@ export fails."""
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from config import leaves, load_config
 from data import build_eval_loader, build_sources
 from engine.evaluate import evaluate
+from engine.inference import build_engine
 from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
@@ -84,7 +86,7 @@ def copying(source: Path, change=lambda model: None):
         change(copy)
         onnx.save(copy, path)
 
-    return write, *export.FORMATS["onnx"][1:]
+    return export.FORMATS["onnx"]._replace(write=write)
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -214,11 +216,14 @@ def test_exporter_that_fails(monkeypatch, capsys, checkpoint, tmp_path):
         except TypeError as error:
             raise RuntimeError("step 3 of 3") from error
 
-    monkeypatch.setitem(export.FORMATS, "onnx", (fail, *export.FORMATS["onnx"][1:]))
+    monkeypatch.setitem(export.FORMATS, "onnx", export.FORMATS["onnx"]._replace(write=fail))
     result = run(monkeypatch, capsys, checkpoint, "--output", tmp_path / "a.onnx")
     assert result.status == 1
     assert f"error: torch {torch.__version__} cannot export strip_mlp_pico_digits" in result.err
-    assert "(TypeError: no such operator); accepted: --format torch, or newer versions" in result.err
+    assert (
+        "(TypeError: no such operator); accepted: --format openvino or --format torch or --format aoti, or "
+        in result.err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,6 +233,7 @@ def test_exporter_that_fails(monkeypatch, capsys, checkpoint, tmp_path):
         (["--output", "model.pt2"], 2, "--output model.pt2: accepted with --format onnx: a name that ends in .onnx"),
         (["--output", "best.pth", "--format", "torch"], 2, "a name that ends in .pt2"),
         (["--int8", "--format", "torch"], 2, "--int8 goes with --format onnx"),
+        (["--output", "best.bin", "--format", "openvino"], 2, "a name that ends in .xml"),
         (["--format", "tflite"], 2, "invalid choice: 'tflite'"),
         (["--device", "cuda"], 2, "exported and checked on the CPU"),
         (["--output", "missing/folder/a.onnx"], 1, "missing/folder"),
@@ -238,3 +244,40 @@ def test_bad_input(monkeypatch, capsys, checkpoint, tmp_path, options, status, m
     result = run(monkeypatch, capsys, checkpoint, *options)
     assert result.status == status
     assert message in result.err
+
+
+def test_openvino(monkeypatch, capsys, checkpoint, trained, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    path = tmp_path / "model.xml"
+    result = run(monkeypatch, capsys, checkpoint, "--format", "openvino", "--normalize", "--output", path)
+    assert result.status == 0 and float(rows(result.out)["OpenVINO"][1]) < 1e-4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    model = openvino.Core().read_model(path)
+    said = {name: model.get_rt_info(name).astype(str) for name in ("classes", "normalizes")}
+    assert (json.loads(said["classes"]), said["normalizes"]) == (NAMES, "true")
+    compute = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch in (1, 5):
+        found = torch.from_numpy(compute({"images": pixels(batch).numpy()})["logits"])
+        torch.testing.assert_close(found, expected_logits(trained, pixels(batch)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_package(monkeypatch, capsys, checkpoint, trained, tmp_path):
+    """It runs without the model's code, and predict.py takes it as an engine."""
+    path = tmp_path / "model.pt2"
+    result = run(monkeypatch, capsys, checkpoint, "--format", "aoti", "--output", path)
+    assert result.status == 0 and float(rows(result.out)["compiled package"][1]) < 1e-4
+    images = trained.normalize(pixels(5)).contiguous()
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch; model = torch._inductor.aoti_load_package('model.pt2'); assert 'models' not in sys.modules;"
+        "torch.save([model(torch.load('images.pt')), model.get_metadata()['classes']], 'found.pt')"
+    )
+    python("-c", script, cwd=tmp_path)
+    found, classes = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found, expected_logits(trained, pixels(5)), rtol=0, atol=1e-4)
+    assert json.loads(classes) == NAMES
+    engine = build_engine(str(path), trained.model, trained.config, torch.device("cpu"), None, 5, 5, print)
+    with torch.inference_mode():
+        channels_last = images.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(engine(channels_last), found)

@@ -92,6 +92,17 @@ def test_same_as_evaluation(trained, checkpoint, digits, folder):
     assert 100 * np.mean(hits) == pytest.approx(measured["top1"])
 
 
+def test_engine(monkeypatch, capsys, checkpoint, folder):
+    options = ["--format", "json", "--top-k", 1, "--batch-size", 7]
+    plain = run(monkeypatch, capsys, checkpoint, folder / "a", *options, "--engine", "torch")
+    other = run(monkeypatch, capsys, checkpoint, folder / "a", *options, "--engine", "reparameterized")
+    assert "note: engine: reparameterized, logits within " in other.err and "engine" not in plain.err
+    for found, expected in zip(objects(other.out), objects(plain.out), strict=True):
+        (a,), (b,) = found["predictions"], expected["predictions"]
+        assert (found["file"], a["index"]) == (expected["file"], b["index"])
+        assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
+
+
 def test_formats_agree(monkeypatch, capsys, checkpoint, folder, tmp_path):
     images = [folder / "a/003.png", folder / "b/101.png"]
     output = tmp_path / "out"
@@ -160,6 +171,8 @@ def test_list_on_standard_input(monkeypatch, capsys, checkpoint, folder):
         (["{image}", "--top-k", "0"], b"", 2, "'0'; accepted: a whole number of 1 or more"),
         (["{image}", "--batch-size", "-3"], b"", 2, "'-3'; accepted: a whole number of 1 or more"),
         (["{image}", "--workers", "many"], b"", 2, "'many'; accepted: a whole number of 0 or more"),
+        (["{image}", "--engine", "tensorrt"], b"", 2, "'tensorrt'; accepted: auto, torch, reparameterized, compile, "),
+        (["{image}", "--engine", "a.onnx", "--opts", "AMP", "bfloat16"], b"", 1, "but AMP gives bfloat16"),
         (["{image}", "--format", "xml"], b"", 2, "invalid choice: 'xml'"),
         ([], b"", 2, "the following arguments are required: images"),
     ],
