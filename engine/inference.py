@@ -110,7 +110,10 @@ PACKAGES = {"onnxruntime": FORMATS["onnx"].packages, "openvino": FORMATS["openvi
 
 
 def missing_packages(name: str) -> list[str]:
-    return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+    """Of an engine's name, or of an exported file."""
+    is_file = name not in BUILDERS and Path(name).is_file()
+    packages = FORMATS[format_of(Path(name))].packages if is_file else PACKAGES.get(name, ())
+    return [package for package in packages if find_spec(package) is None]
 
 
 def build_engine(

@@ -29,13 +29,13 @@ def checkpoint_blocks(blocks: nn.Sequential, x: Tensor) -> Tensor:
 def frozen_running_stats(module: nn.Module):
     """Inside, BatchNorms of `module` in training mode normalise by the batch but do not change their buffers."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
     # Turning running statistics off would not do: BatchNorm would then save fewer tensors for the backward pass than in
     # the first forward pass, which checkpointing reports as an error.
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

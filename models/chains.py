@@ -16,6 +16,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops
 from .depthwise import input_gradient, weight_gradient
@@ -27,7 +31,10 @@ def norm_gelu_depthwise(x: Tensor, norm: nn.BatchNorm2d, act: nn.GELU, conv: ops
     """conv(act(norm(x))). Shape: (N, C, H, W) -> (N, C, H, W)."""
     if are_own(norm, act, conv) and trains(x, norm):
         return _NormGELUDepthwise.apply(x, norm.weight, norm.bias, cast(conv.weight, x), *batch_norm(norm))
-    return conv(act(norm(x)))
+    x = norm(x)  # SyncBatchNorm, for instance
+    if keeps(x) and are_own(act, conv):
+        return ops.recompute(lambda y, kernel: ops.depthwise(F.gelu(y), kernel), x, conv.weight)
+    return conv(act(x))
 
 
 def pointwise_norm_gelu(x: Tensor, conv: ops.PointwiseConv, norm: nn.BatchNorm2d, act: nn.GELU) -> Tensor:
@@ -56,6 +63,7 @@ def mlp(
     """fc2(grn(act(fc1(x)))); grn, a `GlobalResponseNorm`, may be None. Shape: (N, C, H, W) -> (N, C_out, H, W)."""
     if grn is not None and keeps(x) and are_own(act, fc2) and not is_heard(grn):
         hidden = fc1(x)
+        hidden = hidden.to(autocast_dtype(hidden))  # unless a layer in the place of fc1 did it
         weight, bias = cast(fc2.weight, hidden), cast(torch.addmv(fc2.bias, fc2.weight, grn.bias), hidden)
         return _GELUScaledPointwise.apply(hidden, grn.weight, weight, bias)
     hidden = pointwise_act(x, fc1, act)
@@ -73,21 +81,25 @@ def keeps(x: Tensor) -> bool:
 
 
 def trains(x: Tensor, norm: nn.BatchNorm2d) -> bool:
-    return keeps(x) and norm.training and norm.track_running_stats and norm.momentum is not None
+    # One value per channel: the layer itself has a word to say about that.
+    is_batch = keeps(x) and x.numel() > x.shape[1]
+    return is_batch and norm.training and norm.track_running_stats and norm.momentum is not None
 
 
 def infers(x: Tensor) -> bool:
     """Whether oneDNN's convolutions with an activation serve: on CPUs, without a backward pass."""
-    if torch.is_grad_enabled() or not is_eager(x) or x.device.type != "cpu":
+    if torch.is_grad_enabled() or not is_eager(x) or x.device.type != "cpu" or not x.numel():
+        return False
+    if _get_current_dispatch_mode() is not None:  # what counts operations does not know these
         return False
     dtype = autocast_dtype(x)
     return dtype in (torch.float32, torch.bfloat16) and has_fused_convolution(dtype)
 
 
 def is_eager(x: Tensor) -> bool:
-    # type(x): not torch.fx's proxies, nor tensors that stand for several processes' parts.
+    # By type: not torch.fx's proxies, nor tensors that stand for several processes' parts.
     is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is Tensor and not x.is_meta and not is_seen
+    return type(x) in (Tensor, FakeTensor) and not x.is_meta and not is_seen
 
 
 @functools.cache
@@ -110,7 +122,7 @@ def are_own(*layers: nn.Module) -> bool:
     return all(
         type(layer) in CHAINED
         and not is_heard(layer)
-        and all(parameter is None or type(parameter) is nn.Parameter for parameter in layer._parameters.values())
+        and all(p is None or type(p) in (nn.Parameter, FakeTensor) for p in layer._parameters.values())
         for layer in layers
     )
 
@@ -118,7 +130,7 @@ def are_own(*layers: nn.Module) -> bool:
 def is_heard(layer: nn.Module) -> bool:
     """Whether something waits for calls of the layer: hooks, or another function in place of its forward pass."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__
+    return any(hooks) or "forward" in layer.__dict__ or _has_any_global_hook()
 
 
 # How
@@ -173,6 +185,7 @@ class _NormGELU(torch.autograd.Function):
         return gelu_(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, weight, bias, mean, inverse_std = ctx.saved_tensors
         y = normalised(x, weight, bias, mean, inverse_std, ctx.eps)
@@ -190,6 +203,7 @@ class _NormGELUDepthwise(torch.autograd.Function):
         return ops.depthwise(gelu_(y).to(kernel.dtype), kernel)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, weight, bias, kernel, mean, inverse_std = ctx.saved_tensors
         y = normalised(x, weight, bias, mean, inverse_std, ctx.eps)
@@ -223,6 +237,7 @@ class _GELUScaledPointwise(torch.autograd.Function):
         return ops.pointwise(y.mul_(ops.scale_of(squares, gamma).to(y.dtype)), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, squares, gamma, weight = ctx.saved_tensors
         with torch.enable_grad():  # of what is one number per image and channel

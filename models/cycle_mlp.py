@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import wrap
 
 from . import ops
-from .backbone import Backbone, growing_rates, stack_blocks
+from .backbone import Backbone, by_stage, growing_rates, stack_blocks
 from .branches import BranchBlock, Reweight, init_truncated_normal, overlapping_embed, overlapping_merge
 
 
@@ -106,6 +106,7 @@ class CycleMLP(Backbone):
         global_pool: str = "avg",
     ):
         super().__init__(None, patch_size, widths, num_classes)
+        mlp_ratios = by_stage("mlp_ratios", mlp_ratios)
         rates = growing_rates(drop_path_rate, depths)
 
         def block(stage: int, _: int) -> BranchBlock:

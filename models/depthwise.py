@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FAST_COLUMNS = 3
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has but the latter
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
         (N, C, H, W).
     """
     needs_help = x.device.type == "cpu" and weight.shape[-1] > FAST_COLUMNS and weight.requires_grad
-    if not needs_help or not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not needs_help or not torch.is_grad_enabled() or is_exporting() or torch.jit.is_tracing():
         return F.conv2d(x, weight, padding=same_padding(weight), groups=len(weight))
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # autocast does not look into the backward pass
         dtype = torch.get_autocast_dtype("cpu")

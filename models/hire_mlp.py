@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import wrap
 
 from . import ops
-from .backbone import Backbone, check_choice, growing_rates, stack_blocks
+from .backbone import Backbone, by_stage, check_choice, growing_rates, stack_blocks
 from .branches import BranchBlock, Reweight, init_truncated_normal, overlapping_embed, overlapping_merge
 
 HEIGHT, WIDTH = 2, 3  # dimensions of (N, C, H, W)
@@ -143,6 +143,8 @@ class HireMLP(Backbone):
         global_pool: str = "avg",
     ):
         super().__init__(None, patch_size, widths, num_classes)
+        regions = by_stage("regions", regions)
+        shift_periods, shift_steps = by_stage("shift_periods", shift_periods), by_stage("shift_steps", shift_steps)
         rates = growing_rates(drop_path_rate, depths)
         after = {"norm": nn.BatchNorm2d, "act": nn.ReLU}
 

@@ -224,7 +224,8 @@ def _branches_to_ours(weights: Mapping[str, Tensor], model: Backbone) -> dict[st
         if numbered and int(numbered[1]) < len(parts):
             inside = _translate(released_name[numbered.end() :], BRANCHES_BLOCK)
             name = f"{parts[int(numbered[1])]}.{numbered[2] or ''}{inside}"
-            if channels := segments.get(name):
+            channels = segments.get(name)
+            if channels and value.ndim == 2 and not any(n % channels for n in value.shape):  # else loading says so
                 value = value.unflatten(1, (-1, channels)).unflatten(0, (-1, channels))  # (L S, L S) -> (L, S, L, S)
         else:
             name = _translate(released_name, BRANCHES_HEAD)

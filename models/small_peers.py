@@ -15,10 +15,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .backbone import Backbone
 from .cycle_mlp import CycleMLP
 from .hire_mlp import HireMLP
 from .sparse_mlp import SparseMLP
+from .variants import create
 from .vision_permutator import VisionPermutator
 from .wave_mlp import WaveMLP
 
@@ -121,42 +121,36 @@ def small_vit(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return build_model_with_cfg(VisionTransformer, "small_vit", pretrained, **arguments)
 
 
-def _ours(model: type[Backbone], name: str, pretrained: bool, arguments: dict) -> Backbone:
-    # The dict is made anew, because timm takes entries out of it.
-    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(model, name, pretrained, feature_cfg=features, **arguments)
-
-
 @register_model
 def small_sparse_mlp(pretrained: bool = False, **kwargs) -> SparseMLP:
     """Sparse MLP (arXiv:2109.05422)."""
-    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 2, 3, 1), **kwargs}
-    return _ours(SparseMLP, "small_sparse_mlp", pretrained, arguments)
+    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (1, 2, 3, 1)}
+    return create(SparseMLP, "small_sparse_mlp", pretrained, arguments, kwargs)
 
 
 @register_model
 def small_cycle_mlp(pretrained: bool = False, **kwargs) -> CycleMLP:
     """CycleMLP (arXiv:2107.10224)."""
-    arguments = {"patch_size": 2, "widths": (20, 40, 80, 160), "depths": (1, 2, 2, 1), **kwargs}
-    return _ours(CycleMLP, "small_cycle_mlp", pretrained, arguments)
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 160), "depths": (1, 2, 2, 1)}
+    return create(CycleMLP, "small_cycle_mlp", pretrained, arguments, kwargs)
 
 
 @register_model
 def small_vip(pretrained: bool = False, **kwargs) -> VisionPermutator:
     """Vision Permutator (arXiv:2106.12368)."""
     arguments = {"img_size": 32, "patch_size": 4, "widths": (96,) * 4, "depths": (2, 2, 2, 1), "segments": (8,) * 4}
-    return _ours(VisionPermutator, "small_vip", pretrained, {**arguments, **kwargs})
+    return create(VisionPermutator, "small_vip", pretrained, arguments, kwargs)
 
 
 @register_model
 def small_hire_mlp(pretrained: bool = False, **kwargs) -> HireMLP:
     """Hire-MLP (arXiv:2108.13341)."""
-    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1), **kwargs}
-    return _ours(HireMLP, "small_hire_mlp", pretrained, arguments)
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1)}
+    return create(HireMLP, "small_hire_mlp", pretrained, arguments, kwargs)
 
 
 @register_model
 def small_wave_mlp(pretrained: bool = False, **kwargs) -> WaveMLP:
     """Wave-MLP (arXiv:2111.12294)."""
-    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1), **kwargs}
-    return _ours(WaveMLP, "small_wave_mlp", pretrained, arguments)
+    arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1)}
+    return create(WaveMLP, "small_wave_mlp", pretrained, arguments, kwargs)

@@ -17,7 +17,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from . import ops
-from .backbone import Backbone, check_multiple, growing_rates, stack_blocks
+from .backbone import Backbone, by_stage, check_multiple, growing_rates, stack_blocks
 from .branches import BranchBlock, Reweight, StridedConv, init_truncated_normal
 from .resample import MapSized
 
@@ -128,6 +128,9 @@ class VisionPermutator(Backbone):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ):
+        if len(strides) != 3:
+            raise ValueError(f"strides={tuple(strides)} must be three numbers, one per transition")
+        segments = by_stage("segments", segments)
         super().__init__(img_size, list(accumulate(strides, mul, initial=patch_size)), widths, num_classes)
         rates = growing_rates(drop_path_rate, depths)
 

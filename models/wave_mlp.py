@@ -14,7 +14,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from . import ops
-from .backbone import Backbone, check_choice, growing_rates, stack_blocks
+from .backbone import Backbone, by_stage, check_choice, growing_rates, stack_blocks
 from .branches import BranchBlock, Reweight, init_truncated_normal, overlapping_embed, overlapping_merge
 
 WINDOW = 7  # tokens that are mixed along an axis
@@ -117,6 +117,7 @@ class WaveMLP(Backbone):
     ):
         super().__init__(None, patch_size, widths, num_classes)
         check_choice("norm", norm, tuple(NORMS))
+        mlp_ratios = by_stage("mlp_ratios", mlp_ratios)
         rates = growing_rates(drop_path_rate, depths)
         after = {"norm": NORMS[norm]} if norm_between else {}
 

@@ -358,8 +358,13 @@ def main() -> None:
     args.device = "cpu"
     output = args.output or args.checkpoint.with_suffix(SUFFIXES[args.format])
     for file in files_of(output):
-        if not args.output and file.exists():
-            raise UserError(f"{file}: is there already; to replace it, name it: --output {output}")
+        if file.exists() and file.samefile(args.checkpoint):
+            raise UserError(f"{output}: would be written over the checkpoint {file}; accepted: another --output")
+        # A .bin without its .xml is somebody's checkpoint.
+        is_other = file.suffix == ".bin" and not output.exists()
+        if file.exists() and (not args.output or is_other):
+            how = "accepted: another --output" if is_other else f"to replace it, name it: --output {output}"
+            raise UserError(f"{file}: is there already; {how}")
     trained = load_trained(args)
     print(export(trained, output, args), end="")
     print(f"\n{output}")

@@ -226,7 +226,7 @@ def run_stage(stage: Sequence[Part], work: Path, report: Report, deadline: float
             time.sleep(0.1)
     finally:
         for one in running:  # this session is being interrupted
-            one.kill(signal.SIGKILL)
+            one.end()
     return outcomes
 
 
@@ -265,10 +265,7 @@ class Running:
     def is_over(self) -> bool:
         """Ends the process if its time is over."""
         if self.process.poll() is not None:
-            self.kill(signal.SIGKILL)  # what it may have left behind
-            for process in self.family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+            self.kill_family()  # what it may have left behind
             self.seconds = time.monotonic() - self.started
             return True
         now = time.monotonic()
@@ -276,11 +273,26 @@ class Running:
             self.kill(signal.SIGKILL)
         elif now > self.limit and not self.timed_out:
             self.timed_out = True
-            # Some parts start processes with groups of their own, which would run on.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.family = psutil.Process(self.process.pid).children(recursive=True)
+            self.remember_family()
             self.kill(signal.SIGTERM)
         return False
+
+    def end(self) -> None:
+        """Ends the process and all that it has started, at once."""
+        self.remember_family()
+        self.kill_family()
+        self.process.wait()
+
+    def remember_family(self) -> None:
+        """Some parts start processes with groups of their own, which would run on."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill_family(self) -> None:
+        self.kill(signal.SIGKILL)
+        for process in self.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def kill(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -357,9 +369,10 @@ def main() -> None:
         "--list", action="store_true", help="the parts, their limits and commands, without running them"
     )
     parser.add_argument("--minutes", type=above(0), default=8.5, help="of the whole session (8.5)")
-    output = Path(os.environ.get("OUT") or "output/gpu_session")
-    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help=f"($OUT, or {output})")
+    output = Path("output/gpu_session")
+    parser.add_argument("--output", type=Path, default=output, metavar="FOLDER", help=f"({output})")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `timeout` leaves nothing running either
     started = time.monotonic()
     wanted = chosen(stages(args.device, args.tiny), args.only, args.skip)
     if args.list:

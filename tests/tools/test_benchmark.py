@@ -121,7 +121,7 @@ def test_order_rotates():
         def __init__(self, fails=False):
             self.fails = fails
 
-        def __call__(self):
+        def repeat(self, times):
             if self.fails:
                 raise torch.OutOfMemoryError
 

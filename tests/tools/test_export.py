@@ -19,6 +19,7 @@ from engine.trained import Trained
 from models import build_model
 from runtime.distributed import World
 from tests.helpers import ROOT, TINY, python, run_tool, trained_model
+from utils import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -281,3 +282,20 @@ def test_compiled_package(monkeypatch, capsys, checkpoint, trained, tmp_path):
     with torch.inference_mode():
         channels_last = images.to(memory_format=torch.channels_last)
         torch.testing.assert_close(engine(channels_last), found)
+
+
+def test_weights_beside_openvino_files_are_not_replaced(monkeypatch, tmp_path):
+    """OpenVINO writes NAME.bin beside NAME.xml, and people call checkpoints pytorch_model.bin."""
+    checkpoint, other = tmp_path / "pytorch_model.bin", tmp_path / "other.bin"
+    for file in checkpoint, other:
+        file.write_bytes(b"weights")
+    monkeypatch.setattr("export.require", lambda *_, **__: None)
+    for output, message in (
+        ([], "would be written over the checkpoint"),
+        (["--output", checkpoint.with_suffix(".xml")], "would be written over the checkpoint"),
+        (["--output", other.with_suffix(".xml")], "other.bin: is there already; accepted: another --output"),
+    ):
+        monkeypatch.setattr("sys.argv", ["export.py", str(checkpoint), "--format", "openvino", *map(str, output)])
+        with pytest.raises(UserError, match=message):
+            export.main()
+        assert checkpoint.read_bytes() == other.read_bytes() == b"weights"

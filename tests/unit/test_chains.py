@@ -1,11 +1,14 @@
 """Chains of layers give what their layers give, keep less, and leave alone what is not theirs."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import chains, ops
+from models.activation_checkpoint import checkpoint_blocks
 from models.depthwise import depthwise_conv2d
 from models.strip_mlp import GlobalResponseNorm, StripMixingOptions, StripMLPBlock
 
@@ -141,6 +144,64 @@ def test_replaced_layers_are_called(training, name):
         setattr(chain, name, LowRank(getattr(chain, name)))
         after = chain(x)
     assert (after - before).abs().max() > 0.1
+
+
+def test_every_product_is_counted():
+    """By what looks at operations, which does not know oneDNN's own."""
+    model = timm.create_model("strip_mlp_pico", img_size=224).eval()  # no kernel reaches beyond its map
+    counts = []
+    for device in "cpu", "meta":
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.to(device)(torch.empty(1, 3, 224, 224, device=device))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_one_value_per_channel():
+    """BatchNorm's own error, and statistics that are still numbers."""
+    chain = Chain()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        chain(images(torch.float32)[:1, :, :1, :1])
+    assert chain.norm1.running_var.isfinite().all()
+
+
+def test_second_derivatives_are_refused():
+    x = images().requires_grad_()
+    gradient = torch.autograd.grad(Chain().double()(x).sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_float32_from_a_replaced_layer():
+    chain = Chain()
+    chain.fc1 = nn.Sequential(chain.fc1, Float32())
+    with torch.autocast("cpu", torch.bfloat16):
+        chain(images(torch.float32)).sum().backward()
+    assert chain.fc1[0].weight.grad.isfinite().all()
+
+
+class Float32(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_cumulative_statistics_and_checkpointing():
+    """BatchNorm's momentum=None, which the chains leave to the layer, in both passes."""
+    results = []
+    for checkpointed in False, True:
+        block = StripMLPBlock(8, (4, 4), StripMixingOptions(), alpha=3, grn=True, drop_path=0.0)
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        torch.manual_seed(0)
+        nn.init.normal_(block.channel_mixing.mlp.fc2.weight)
+        x = torch.randn(3, 8, 4, 4).requires_grad_()
+        block.load_state_dict(results[0][0] if results else block.state_dict())
+        before = {name: value.clone() for name, value in block.state_dict().items()}
+        y = checkpoint_blocks(nn.Sequential(block), x) if checkpointed else block(x)
+        y.square().sum().backward()
+        results.append((before, x.grad, dict(block.named_buffers())))
+    torch.testing.assert_close(results[1][1:], results[0][1:])
 
 
 def test_what_is_kept():

@@ -23,6 +23,7 @@ from bench.contenders import (
     random_batch,
     reparameterize,
     set_checkpointing,
+    set_up_device,
 )
 from bench.kernels import NOTES, Profile, profile_step
 from bench.memory import counted_peak, measured_peak
@@ -348,9 +349,7 @@ def complete(args: argparse.Namespace) -> None:
 def set_up(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+    set_up_device(args.device)
     with writing_to(args.output.parent):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         kept_aside(args.output)

@@ -252,6 +252,12 @@ class Step:
                 # Dynamo looks at the setting too, when the first call compiles: an option of torch.compile is not seen.
                 self.forward = torch._inductor.config.patch(freezing=True)(self.forward)
 
+    def repeat(self, times: int) -> None:
+        """Runs it so many times, and waits for the device."""
+        for _ in range(times):
+            self()
+        self.synchronize()
+
     def __call__(self) -> Tensor:
         """The logits (N, 1000), or the loss."""
         if self.contender.is_compiled:
@@ -278,6 +284,13 @@ class Step:
             tensors += [value for state in self.optimizer.state.values() for value in state.values()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
+
+
+def set_up_device(device: torch.device) -> None:
+    """What makes this process fast on a GPU."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
 def random_batch(batch: int, img_size: int, device: torch.device, memory_format: str) -> tuple[Tensor, Tensor]:

@@ -59,18 +59,20 @@ class RemoteStep:
     def __init__(self, folder: Path, contender: str, settings: dict):
         self.device = torch.device(settings["device"])
         # Run in `folder`, Python finds the other revision's modules first, and the benchmark here.
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+        paths = [str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "bench.serve", contender, json.dumps(settings)]
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.uses_cuda_graphs = self._answer()["uses_cuda_graphs"]
 
-    def __call__(self) -> None:
-        self.ask("run")
+    def repeat(self, times: int) -> None:
+        """Runs it so many times, and waits for the device."""
+        self.ask(f"run {times}")
 
     def synchronize(self) -> None:
-        """Each call waits for its device already."""
+        """`repeat` waits for the device already."""
 
     def measured_peak(self) -> int | None:
         return self.ask("peak")["bytes"]

@@ -113,6 +113,8 @@ class Probe:
         name, _, side = self.by.partition(" of ")
         self.side = int(side.partition(" ")[0])
         self.product = self._products(self.side, dtype)[name]
+        count = (1 << 28) // 4  # far more than any cache holds
+        self.vectors = [torch.ones(count, device=device) for _ in range(3)]
 
     def _products(self, side: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
         a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
@@ -129,12 +131,10 @@ class Probe:
         """
         with torch.inference_mode():
             flops = 2 * self.side**3 / _fastest(self.product, self.device, budget / 3)
-            # Far more than any cache holds
-            count = (1 << 30 if self.device.type == "cuda" else 1 << 28) // 4
-            source, other, target = (torch.ones(count, device=self.device) for _ in range(3))
+            source, other, target = self.vectors
             copy = _fastest(lambda: target.copy_(source), self.device, budget / 3)
             triad = _fastest(lambda: torch.add(source, other, alpha=0.5, out=target), self.device, budget / 3)
-        return Ceilings(flops, self.by, max(2 * 4 * count / copy, 3 * 4 * count / triad))
+        return Ceilings(flops, self.by, max(2 * source.nbytes / copy, 3 * source.nbytes / triad))
 
 
 def _fastest(work: Callable[[], object], device: torch.device, budget: float) -> float:

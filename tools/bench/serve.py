@@ -2,7 +2,7 @@
 
     python -m bench.serve CONTENDER SETTINGS
 
-Reads a word per line from standard input ("run", "peak") and answers each, and its start, with a line of JSON.
+Reads lines from standard input ("run 3", "peak") and answers each, and its start, with a line of JSON.
 """
 
 import json
@@ -11,9 +11,6 @@ import sys
 
 import torch
 
-from bench.contenders import DTYPES, Step, parse_contenders, random_batch
-from bench.memory import measured_peak
-
 
 def build_step(contender: str, device: str, threads: int, batch: int, img_size: int, memory_format: str, **options):
     """A `Step`.
@@ -21,7 +18,11 @@ def build_step(contender: str, device: str, threads: int, batch: int, img_size: 
     Args:
         options: the arguments of `Step` by name: task, dtype, compile_mode, freeze.
     """
+    # Here, so that an older revision that lacks what they import is told like any other failure.
+    from bench.contenders import DTYPES, Step, parse_contenders, random_batch, set_up_device
+
     torch.set_num_threads(threads)
+    set_up_device(torch.device(device))
     images, targets = random_batch(batch, img_size, torch.device(device), memory_format)
     options["dtype"] = DTYPES[options["dtype"]]
     return Step(parse_contenders([contender])[0], images, targets, **options)
@@ -47,12 +48,14 @@ def main() -> None:
     answer(uses_cuda_graphs=step.uses_cuda_graphs)
     for line in sys.stdin:
         try:
-            if line.strip() == "peak":
+            what, _, times = line.strip().partition(" ")
+            if what == "peak":
+                from bench.memory import measured_peak
+
                 answer(bytes=measured_peak(step))
-                continue
-            step()
-            step.synchronize()
-            answer()
+            else:
+                step.repeat(int(times))
+                answer()
         except Exception as error:
             failed(error)
 

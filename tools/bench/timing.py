@@ -91,9 +91,7 @@ def describe(error: Exception) -> str:
 def seconds_per_call(step: Step, iterations: int) -> float:
     step.synchronize()
     started = time.perf_counter()
-    for _ in range(iterations):
-        step()
-    step.synchronize()
+    step.repeat(iterations)
     return (time.perf_counter() - started) / iterations
 
 
@@ -140,7 +138,7 @@ def interleave(
             timing = timings[label]
             try:
                 timing.seconds.append(seconds_per_call(steps[label], timing.iterations))
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # out of memory, mostly
                 timing.problem = describe(error)
             if timing.problem:  # only now is the error gone, whose traceback holds tensors
                 timing.seconds.clear()
