@@ -99,7 +99,7 @@ def infers(x: Tensor) -> bool:
 def is_eager(x: Tensor) -> bool:
     # By type: not torch.fx's proxies, nor tensors that stand for several processes' parts.
     is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) in (Tensor, FakeTensor) and not x.is_meta and not is_seen
+    return type(x) in (Tensor, FakeTensor) and not is_seen
 
 
 @functools.cache
@@ -139,8 +139,9 @@ def is_heard(layer: nn.Module) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """That products with x are computed in."""
     device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):  # which knows no meta device
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def cast(parameter: Tensor, x: Tensor) -> Tensor:

@@ -178,8 +178,8 @@ class DropPath(timm.layers.DropPath):
 
 def recompute(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """`function(*tensors)`. On GPUs its intermediate results are not kept for the backward pass but computed again
-    there: use it for cheap elementwise steps before a product. CPUs have memory to spare, and the compiler decides for
-    itself."""
+    there: use it for cheap elementwise steps before a product. On CPUs they are kept, where `chains.py` does not do
+    without them, and the compiler decides for itself."""
     if not on_gpu(tensors[0]) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)

@@ -51,6 +51,8 @@ from torchvision.datasets import EMNIST
 from config import image_size, load_config
 from models import build_model, idle_keys
 from models.build import ModelError
+from models.chains import CHAINED
+from models.strip_mlp import GlobalResponseNorm
 
 # Of the data sets with a fixed number; an image folder is taken for ImageNet-1K.
 CLASSES = {"CIFAR10": 10, "CIFAR100": 100, "101_ObjectCategories": 101, "digits": 10}
@@ -90,7 +92,9 @@ class Complexity:
             for parameter in module.parameters(recurse=False):
                 self._counts[name].parameters += parameter.numel()
                 self._counts[name].weight_bytes += parameter.numel() * parameter.element_size()
-        _Watch(model, self._counts).run(torch.empty(BATCH, in_chans, *img_size, device="meta"))
+        images = torch.empty(BATCH, in_chans, *img_size, device="meta")
+        _Products(model, self._counts).run(images)
+        _Kept(model, self._counts).run(images)
 
     def of(self, name: str = "") -> Count:
         """Of the module of that name with all inside it; of the whole model without a name."""
@@ -140,38 +144,39 @@ def _has_blocks(module: nn.Module) -> bool:
     return len(layers) < len(parts) and not any(list(layer.parameters()) for layer in layers)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch:
     """Adds what happens in a forward pass to the counts of the module in which it happens."""
 
     def __init__(self, model: nn.Module, counts: dict[str, Count]):
         super().__init__()
         self._model, self._counts = model, counts
         self._inside = [""]
-        self._seen = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     def run(self, images: torch.Tensor) -> None:
         hooks = []
         for name, module in self._model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name)))
-            hooks.append(module.register_forward_hook(self._leave))
-        self._seen.add(_storage(images))
+            if self._listens(name, module):
+                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name)))
+                hooks.append(module.register_forward_hook(self._leave))
         try:
-            with self, saved_tensors_hooks(self._save, lambda tensor: tensor):
-                self._model(images)
+            self._watch(images)
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _listens(self, name: str, module: nn.Module) -> bool:
+        return True
+
     def _leave(self, *_) -> None:
         self._inside.pop()
 
-    def _save(self, tensor: torch.Tensor) -> torch.Tensor:
-        # Tensors that share memory, and those that two operations need, are kept once.
-        storage = _storage(tensor)
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self._counts[self._inside[-1]].saved_bytes += tensor.untyped_storage().nbytes() // BATCH
-        return tensor  # stays in the graph, so that its storage's address is not used again
+
+class _Products(_Watch, TorchDispatchMode):
+    """Multiply-adds and activations."""
+
+    def _watch(self, images: torch.Tensor) -> None:
+        with self:
+            self._model(images)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -186,6 +191,29 @@ class _Watch(TorchDispatchMode):
         output = result[0] if isinstance(result, tuple | list) else result
         count.activations += output.numel() // BATCH
         return result
+
+
+class _Kept(_Watch):
+    """What is kept for the backward pass."""
+
+    def _listens(self, name: str, module: nn.Module) -> bool:
+        # Layers that would be computed together are left alone, because they would not be if someone listened.
+        return "." not in name or type(module) not in (*CHAINED, GlobalResponseNorm)
+
+    def _watch(self, images: torch.Tensor) -> None:
+        known = (*self._model.parameters(), *self._model.buffers(), images)
+        self._seen = {_storage(tensor) for tensor in known}
+        with saved_tensors_hooks(self._save, lambda tensor: tensor):
+            output = self._model(images)  # holds the graph, so that no storage's address is used again
+        del output
+
+    def _save(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Tensors that share memory, and those that two operations need, are kept once.
+        storage = _storage(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self._counts[self._inside[-1]].saved_bytes += tensor.untyped_storage().nbytes() // BATCH
+        return tensor
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -207,11 +207,11 @@ def test_fx_forward(name, monkeypatch):
     model, x = small(name).eval(), images()
     for one in (model, reparameterize_model(model)):
         traced = torch.fx.symbolic_trace(one)
-        assert torch.equal(traced(x), one(x))
+        torch.testing.assert_close(traced(x), one(x), rtol=1e-4, atol=1e-6)
         # The forms are chosen when it runs, not when it is traced.
         with monkeypatch.context() as patch:
             patch.setattr("models.ops.on_gpu", lambda x: True)
-            assert torch.equal(traced(x), one(x))
+            torch.testing.assert_close(traced(x), one(x), rtol=1e-4, atol=1e-6)
     if model.img_size is None:
         torch.testing.assert_close(traced(images(size=(48, 80))), one(images(size=(48, 80))))
         return
@@ -229,8 +229,9 @@ def test_fx_backward(name):
         traced(images(4)).square().mean().backward()
         gradients.append({entry: p.grad for entry, p in traced.named_parameters()})
     assert gradients[1].keys() == gradients[0].keys() and None not in gradients[1].values()
-    for entry, gradient in gradients[0].items():
-        assert torch.equal(gradients[1][entry], gradient)
+    total = sum(gradient.norm() ** 2 for gradient in gradients[0].values()).sqrt().item()
+    for entry, gradient in gradients[0].items():  # layers in a row are computed together where there is no trace
+        torch.testing.assert_close(gradients[1][entry], gradient, rtol=1e-4, atol=1e-6 * total)
 
 
 @pytest.mark.parametrize("extractor", [create_feature_extractor, timm_extractor], ids=["torchvision", "timm"])
