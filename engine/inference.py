@@ -26,9 +26,10 @@ TOLERANCE = 1e-4  # of the largest logit
 CHECKED = 3  # images; not a whole part, so that filling up is checked too
 # Images that engines on a CPU compute at a time, and their pixels: more at a time leave the caches.
 PART_PIXELS = 4 * 224 * 224
-# `auto` takes the first of these that is installed, fastest first (docs/export.md), where the model itself would need
+# `auto` takes the first of these that is installed, fastest first (docs/export.md; ONNX Runtime is no faster than the
+# model itself in batches, and takes longer to prepare), where the model itself would need
 # so many seconds for all images: preparing the engine then costs less than it saves.
-AUTO = {"openvino": 30, "onnxruntime": 300, "reparameterized": 10}
+AUTO = {"openvino": 30, "reparameterized": 10}
 # Fewer images than this are not worth the check.
 FEW_IMAGES = 32
 
