@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import models  # noqa: F401  (registers them)
+from engine.exported import FORMATS, quiet
 from runtime.checkpoint import save_checkpoint
 from tests.helpers import ROOT, environment
 
@@ -270,6 +271,19 @@ def test_export(name):
     for exported in (model, *([reparameterize_model(model)] if hasattr(model, "reparameterize") else [])):
         program = torch.export.export(exported, (images(2),), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(images(5)), model(images(5)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cycle_mlp_b1", "vip_s7", "hire_mlp_tiny", "wave_mlp_t_dw"])
+def test_onnx(name, tmp_path):
+    """Strip-MLP's is in tests/tools/test_export.py."""
+    for package in FORMATS["onnx"].packages:
+        pytest.importorskip(package)
+    model, path = small(name, depths=(1, 1, 1, 1)).eval(), tmp_path / "model.onnx"
+    with quiet():
+        FORMATS["onnx"].write(model, images(), path, {})
+    with torch.no_grad():
+        torch.testing.assert_close(FORMATS["onnx"].load(path)(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module", params=SMALL)
