@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up, then lints and tests. Options go to pytest:
 #   bash tools/run_tests.sh
-#   bash tools/run_tests.sh -m "not slow"   # under 2 minutes
+#   bash tools/run_tests.sh -m "not slow"   # 3 to 4 minutes
 #   bash tools/run_tests.sh -k config
 # VENV and PYTHON: see tools/setup_venv.sh.
 set -euo pipefail
