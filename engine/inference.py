@@ -26,9 +26,9 @@ TOLERANCE = 1e-4  # of the largest logit
 CHECKED = 3  # images; not a whole part, so that filling up is checked too
 # Images that engines on a CPU compute at a time, and their pixels: more at a time leave the caches.
 PART_PIXELS = 4 * 224 * 224
-# `auto` takes the first of these that is installed, fastest first (docs/export.md; ONNX Runtime is no faster than the
-# model itself in batches, and takes longer to prepare), where the model itself would need
-# so many seconds for all images: preparing the engine then costs less than it saves.
+# `auto` takes the first of these that is installed, fastest first, where the model itself would need so many seconds
+# for all images: preparing the engine then costs less than it saves. ONNX Runtime is not among them: in batches it is
+# no faster than the model itself (docs/export.md).
 AUTO = {"openvino": 30, "reparameterized": 10}
 # Fewer images than this are not worth the check.
 FEW_IMAGES = 32

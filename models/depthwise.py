@@ -32,6 +32,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _WideDepthwise(torch.autograd.Function):
+    """`depthwise_conv2d` with the gradients below. Keeps what a convolution keeps: x and the weight."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -272,10 +272,10 @@ def test_compiled_package(monkeypatch, capsys, checkpoint, trained, tmp_path):
     torch.save(images, tmp_path / "images.pt")
     script = (
         "import sys, torch; model = torch._inductor.aoti_load_package('model.pt2'); assert 'models' not in sys.modules;"
-        "torch.save([model(torch.load('images.pt')), model.get_metadata()['classes']], 'found.pt')"
+        "torch.save([model(torch.load('images.pt', weights_only=True)), model.get_metadata()['classes']], 'found.pt')"
     )
     python("-c", script, cwd=tmp_path)
-    found, classes = torch.load(tmp_path / "found.pt")
+    found, classes = torch.load(tmp_path / "found.pt", weights_only=True)
     torch.testing.assert_close(found, expected_logits(trained, pixels(5)), rtol=0, atol=1e-4)
     assert json.loads(classes) == NAMES
     engine = build_engine(str(path), trained.model, trained.config, torch.device("cpu"), None, 5, 5, print)

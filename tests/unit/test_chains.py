@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import chains, ops
@@ -91,11 +92,16 @@ def test_mixed_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
-def test_inference(dtype, bias):
+def test_inference(dtype, bias, monkeypatch):
     chain = Chain(bias=bias).to(dtype).eval()
     x = images(dtype)
+    is_fused = dtype == torch.float32 and chains.has_fused_convolution(dtype)
+    fused, calls = chains._convolution_gelu, []
+    monkeypatch.setattr(chains, "_convolution_gelu", lambda *args: calls.append(args) or fused(*args))
     with torch.inference_mode():
         torch.testing.assert_close(chain(x), chain.one_by_one(x), rtol=1e-5, atol=1e-5)
+        # The projection and fc1, where this processor has the operator
+        assert len(calls) == (2 if is_fused else 0)
         chain.norm2.running_var *= 4  # folded from what it is now
         torch.testing.assert_close(chain(x), chain.one_by_one(x), rtol=1e-5, atol=1e-5)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -155,6 +161,16 @@ def test_every_product_is_counted():
             model.to(device)(torch.empty(1, 3, 224, 224, device=device))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+    class Names(TorchDispatchMode):  # without the hooks of PyTorch's counter
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with torch.no_grad(), Names():
+        Chain().eval()(images(torch.float32))
+    assert "aten::gelu" in names and not any(name.startswith("mkldnn::") for name in names)
 
 
 def test_one_value_per_channel():
