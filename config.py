@@ -258,6 +258,8 @@ key("TRAIN.USE_CHECKPOINT", False)
 # torch.compile the model. The first step and the first evaluation then take minutes, all others less time. On the CPU
 # it needs a C++ compiler.
 key("TRAIN.COMPILE", False)
+# What is compiled at once: blocks, one graph of each kind of repeated block, or the whole model, which takes longer
+key("TRAIN.COMPILE_UNIT", "blocks", one_of("blocks", "model"))
 # Images and convolution weights in torch.channels_last, which is faster for timm's convolutional models. Strip-MLP's
 # maps always are in it.
 key("TRAIN.CHANNELS_LAST", True)

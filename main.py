@@ -60,7 +60,7 @@ from engine.start import Start, find_start, is_finished, load_start, restore_sta
 from engine.state import Progress, TrainingState, is_better, stops_early
 from logger import ALL_RANKS, FILE_ONLY, MetricsLog, check_trackers, create_logger
 from lr_scheduler import PlateauScheduler, build_scheduler, lr_scale
-from models import build_model, freeze, idle_keys, prepare_model, token_mixing_weights
+from models import build_model, compile_model, freeze, idle_keys, prepare_model, token_mixing_weights
 from optimizer import SCHEDULE_FREE, ScheduleFreeAverage, build_optimizer, check_optimizer
 from runtime import signals
 from runtime.distributed import TIMEOUT, World, close_world, init_world, lost_processes_named, on_main, wrap
@@ -213,7 +213,7 @@ def build_ema(config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Mod
     else:
         return None
     if config.TRAIN.COMPILE:
-        ema.module.compile()
+        compile_model(ema.module, config.TRAIN.COMPILE_UNIT)
     return ema
 
 

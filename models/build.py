@@ -12,6 +12,7 @@ from torch import nn
 from config import image_size
 from utils import UserError
 
+from .compile import compile_model
 from .strip_mlp import StripMixingOptions, StripMLP
 
 
@@ -54,7 +55,7 @@ def prepare_model(config, model: nn.Module, device: torch.device) -> None:
     if config.TRAIN.CHANNELS_LAST:
         convolutions_to(model, torch.channels_last)
     if config.TRAIN.COMPILE:
-        model.compile()
+        compile_model(model, config.TRAIN.COMPILE_UNIT)
 
 
 def convolutions_to(model: nn.Module, memory_format: torch.memory_format) -> None:

@@ -8,8 +8,9 @@
     python tools/benchmark.py --data --help
 
 A contender is [literal:]NAME[:MODE]. NAME is any model that timm knows, ours included; "literal:" is tests/literal.py,
-the equations transcribed, with the same weights; MODE is eager or compile, for inference reparameterized or
-reparameterized+compile, for training checkpoint or checkpoint+compile (activation checkpointing).
+the equations transcribed, with the same weights; MODE is eager, compile (the whole model) or compile_blocks (its
+repeated blocks), for inference reparameterized, for training checkpoint (activation checkpointing), and both with
++compile or +compile_blocks.
 Contenders of the same task, dtype, batch and image size are timed in turn in one process, in an order that rotates.
 Training is forward pass, cross-entropy, backward pass and a fused AdamW step; stochastic depth is 0 everywhere.
 

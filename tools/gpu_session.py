@@ -133,7 +133,14 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
             Part("resume", drill, checks),
         ],
         *(
-            [bench(f"compile_{task_name}_{name}", checks, [name, f"{name}:compile"], *task(task_name))]
+            [
+                bench(
+                    f"compile_{task_name}_{name}",
+                    checks,
+                    [name, *(f"{name}:{mode}" for mode in ("compile_blocks", "compile"))],
+                    *task(task_name),
+                )
+            ]
             for name in compiled[:1]
             for task_name in ("training", "inference")
         ),

@@ -30,7 +30,7 @@ from engine.evaluate import evaluate, resolve_amp, throughput
 from engine.finite import NonFiniteError, build_scaler
 from engine.loss import check_loss
 from engine.state import Progress, TrainingState, is_better
-from models import StripMLP, prepare_model
+from models import StripMLP, compile_model, prepare_model
 from optimizer import build_optimizer
 from runtime import distributed
 from runtime.distributed import TIMEOUT, World, close_world, init_world
@@ -549,14 +549,15 @@ def test_prepared_model(compiled, channels_last):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_compiled_once_for_training_and_once_for_evaluation():
-    """Not again in later epochs, nor for the last batch of an evaluation, which is smaller; nor are there graph breaks,
-    each of which would add a graph. What comes out is what the model gives without the compiler."""
+@pytest.mark.parametrize(("unit", "graphs_per_mode"), [("model", 1), ("blocks", 4)])
+def test_compiled_once_for_training_and_once_for_evaluation(unit, graphs_per_mode):
+    """The whole model, or the block of each stage, of which one has two. Not again in later epochs, nor for the last
+    batch of an evaluation, which is smaller; nor are there graph breaks, each of which would add a graph. What comes
+    out is what the model gives without the compiler."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (10, 3, 32, 32), generator=generator, dtype=torch.uint8)
     targets = torch.randint(3, (10,), generator=generator)
-    shape = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_classes": 3, "drop_path_rate": 0.0}
+    shape = {"img_size": 32, "embed_dim": 8, "depths": (1, 1, 2, 1), "num_classes": 3, "drop_path_rate": 0.0}
     results = {}
     for compiled in False, True:
         config = config_with(TRAIN__COMPILE=compiled)
@@ -565,7 +566,7 @@ def test_compiled_once_for_training_and_once_for_evaluation():
         graphs = CompileCounterWithBackend("aot_eager")
         if compiled:
             torch._dynamo.reset()
-            model.compile(backend=graphs, fullgraph=True)
+            compile_model(model, unit, backend=graphs, fullgraph=True)
         found, counts = [], []
         for _ in range(2):
             found.append(
@@ -574,7 +575,7 @@ def test_compiled_once_for_training_and_once_for_evaluation():
             found.append(evaluate(config, model, batches(images, targets), ALONE, Log())[0]["val_loss"])
             counts.append(graphs.frame_count)
         results[compiled] = found
-        assert counts == ([2, 2] if compiled else [0, 0])
+        assert counts == ([2 * graphs_per_mode] * 2 if compiled else [0, 0])
     assert results[True] == pytest.approx(results[False], rel=1e-4)
 
 

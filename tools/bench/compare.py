@@ -87,7 +87,9 @@ class Row:
         shares = [
             f"{100 * share:.0f} %" if share is not None else "-" for share in (self.matrix_share, self.memory_share)
         ]
-        return (self.contender.label, f"{speed:.1f}", milliseconds, *times, *peaks, *shares, time.remark)
+        compiled = f"first call {self.timing.first:.0f} s" if self.contender.is_compiled else ""
+        remark = "; ".join(filter(None, (compiled, time.remark)))
+        return (self.contender.label, f"{speed:.1f}", milliseconds, *times, *peaks, *shares, remark)
 
     def data(self) -> dict:
         """For JSON."""

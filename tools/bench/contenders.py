@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.options import LITERAL, MODES
+from bench.options import COMPILED, LITERAL, MODES
 from config import get_default_config
 from engine.evaluate import autocast
-from models import StripMLP, build_model
+from models import StripMLP, build_model, compile_model
 from models.build import convolutions_to
 from models.released import checkpoint_filter_fn
 from tests import literal
@@ -73,8 +73,13 @@ class Contender:
         return "inference" if self.is_reparameterized else "training" if self.is_checkpointed else None
 
     @property
+    def compiled_unit(self) -> str | None:
+        """What is compiled at once, see `compile_model`; None if nothing is."""
+        return COMPILED.get(self.mode.rpartition("+")[2])
+
+    @property
     def is_compiled(self) -> bool:
-        return self.mode.endswith("compile")
+        return self.compiled_unit is not None
 
 
 def parse_contenders(texts: Iterable[str], modes: Sequence[str] = ("eager",)) -> list[Contender]:
@@ -247,7 +252,9 @@ class Step:
         self.uses_cuda_graphs = contender.is_compiled and compile_mode != "default" and self.device.type == "cuda"
         if contender.is_compiled:
             mode = None if compile_mode == "default" else compile_mode
-            self.forward = torch.compile(self.model, mode=mode, dynamic=False)
+            if isinstance(model, LiteralStripMLP) and contender.compiled_unit != "model":
+                raise ValueError(f"{contender.model} does not call its blocks; accepted modes: eager, compile")
+            compile_model(self.model, contender.compiled_unit, mode=mode, dynamic=False)
             if freeze and task == "inference":
                 # Dynamo looks at the setting too, when the first call compiles: an option of torch.compile is not seen.
                 self.forward = torch._inductor.config.patch(freezing=True)(self.forward)

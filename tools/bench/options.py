@@ -1,6 +1,7 @@
 """The options of tools/benchmark.py. Nothing here imports PyTorch, so that --help answers at once."""
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,12 @@ from pathlib import Path
 from number_options import above, at_least
 
 LITERAL = "literal:"
-MODES = ("eager", "compile", "reparameterized", "reparameterized+compile", "checkpoint", "checkpoint+compile")
+# As TRAIN.COMPILE does with each TRAIN.COMPILE_UNIT
+COMPILED = {"compile": "model", "compile_blocks": "blocks"}
+MODES = tuple(
+    "+".join(filter(None, parts)) or "eager"
+    for parts in itertools.product(("", "reparameterized", "checkpoint"), ("", *COMPILED))
+)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 TASKS = ("inference", "training")
 MEMORY_FORMATS = ("channels_last", "contiguous")
