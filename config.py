@@ -233,7 +233,8 @@ key("TRAIN.LR_REFERENCE_BATCH", 512, at_least(1))
 # each class in label order, separated by commas. Only their ratios matter: the mean over the training images is made 1.
 key("TRAIN.CLASS_WEIGHTS", "none", (_are_weights, "none, balanced, or numbers more than 0 separated by commas"))
 # Early stopping: the run ends after the first evaluation this many epochs after the best one, counted by
-# PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth. val_loss: that with the lowest validation loss.
+# PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth (of detectors by AP). val_loss: that with the
+# lowest validation loss.
 key("TRAIN.PATIENCE", 0, at_least(0))
 key("TRAIN.PATIENCE_METRIC", "top1", one_of("top1", "val_loss"))
 # Largest global gradient norm, or what CLIP_MODE makes of it; 0: no clipping
@@ -300,8 +301,8 @@ key("TRAIN.LR_SCHEDULER.POWER", 0.5, POSITIVE)
 # wsd only: the part of the epochs after the warm-up in which the rate goes down, and how
 key("TRAIN.LR_SCHEDULER.WSD_DECAY", 0.2, (lambda value: 0 < value <= 1, "more than 0, to 1"))
 key("TRAIN.LR_SCHEDULER.WSD_SHAPE", "1-sqrt", one_of("1-sqrt", "linear", "cosine"))
-# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, val_loss) was not better than the best by
-# more than THRESHOLD
+# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, of detectors AP; val_loss) was not better
+# than the best by more than THRESHOLD
 key("TRAIN.LR_SCHEDULER.PATIENCE", 10, at_least(1))
 key("TRAIN.LR_SCHEDULER.METRIC", "top1", one_of("top1", "val_loss"))
 key("TRAIN.LR_SCHEDULER.THRESHOLD", 0.0, at_least(0))

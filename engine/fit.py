@@ -325,7 +325,7 @@ def log_nothing_left(config, start: Start, metric: Metric, folder: RunFolder, lo
 
 def log_plan(config, task: Task, steps: int, scale: float, amp: torch.dtype | None, logger: Logger) -> None:
     """What is about to be trained on what."""
-    images = len(task.train_loader.sampler)
+    images = len(task.train_loader.dataset) // task.world.size
     left_out = images - len(task.train_loader) * config.DATA.BATCH_SIZE
     if left_out > images // 5:
         message = f"each epoch leaves out {left_out} of {images} images, too few for a batch"
