@@ -360,6 +360,36 @@ key("AUG.MIXUP_SWITCH_PROB", 0.5, within(0, 1))
 key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"))
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes that images are brought to, as height, width, height, width, ...: each goes to the one of the nearest aspect
+# ratio, and a batch has one of them. [0]: DATA.IMG_SIZE alone.
+key(
+    "DETECTION.SIZES",
+    [0],
+    (
+        lambda value: value in ([], [0]) or (len(value) % 2 == 0 and min(value) >= 1),
+        "[height, width, height, width, ...], each 1 or more, or [0] for DATA.IMG_SIZE",
+    ),
+)
+# How: resize: to exactly that size; pad: the aspect ratio is kept, and the rest is filled with ImageNet's mean
+key("DETECTION.FIT", "resize", one_of("resize", "pad"))
+# Training only, drawn for each image. Probability of a horizontal flip
+key("DETECTION.FLIP", 0.5, within(0, 1))
+# The image is scaled by a factor between these two, beyond what fits it into its size, and cropped or padded to that
+key(
+    "DETECTION.SCALE_JITTER",
+    [0.8, 1.25],
+    (lambda value: len(value) == 2 and 0.05 <= value[0] <= value[1] <= 20, "two factors in order, 0.05 to 20"),
+)
+# Probability of a crop before that, which keeps a box with an overlap drawn from 0 to 1 (Liu et al., 2016, SSD)
+key("DETECTION.CROP", 0.0, within(0, 1))
+# Probability of a change of brightness, contrast, saturation and hue (SSD's as well)
+key("DETECTION.PHOTOMETRIC", 0.5, within(0, 1))
+# Probability that an image is put together from four, it and three others (Bochkovskiy et al., 2020, YOLOv4)
+key("DETECTION.MOSAIC", 0.0, within(0, 1))
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 # Resize to 256 / 224 of IMG_SIZE and crop the centre; False resizes to IMG_SIZE. Images of IMG_SIZE <= 32 are never
@@ -815,6 +845,12 @@ def coerce_size(value: Any, where: str) -> int | list[int]:
 def image_size(config: CfgNode) -> tuple[int, int]:
     """Height and width of the images that the model is given, in pixels."""
     return _pair(config.DATA.IMG_SIZE)
+
+
+def detection_sizes(config: CfgNode) -> list[tuple[int, int]]:
+    """The (height, width) in pixels that images are brought to for detection, in the order of DETECTION.SIZES."""
+    sides = [side for side in config.DETECTION.SIZES if side]
+    return list(zip(sides[::2], sides[1::2], strict=True)) or [image_size(config)]
 
 
 def _is_count(number: int) -> bool:

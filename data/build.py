@@ -354,11 +354,14 @@ def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | Classi
     return ClassificationDataset(source, transform, image_size(config), config.SEED, is_train)
 
 
-def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False) -> DataLoader:
+def build_loader(
+    config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False, whole_batches: bool = False
+) -> DataLoader:
     """Batches of DATA.BATCH_SIZE by DATA.NUM_WORKERS processes.
 
     Args:
         sampler: the (epoch, index) of each sample, in order.
+        whole_batches: the sampler gives a key for each batch, for which the data set gives the batch.
     """
     in_memory = isinstance(dataset, InMemoryDataset)
     workers = 0 if in_memory else config.DATA.NUM_WORKERS  # a batch takes less than its way between two processes
@@ -366,11 +369,11 @@ def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop
         workers = min(8, _cores())
     return DataLoader(
         dataset,
-        batch_size=config.DATA.BATCH_SIZE,
+        batch_size=None if whole_batches else config.DATA.BATCH_SIZE,
         sampler=sampler,
         drop_last=drop_last,
         num_workers=workers,
-        collate_fn=collated if in_memory else None,
+        collate_fn=collated if in_memory or whole_batches else None,
         pin_memory=config.DATA.PIN_MEMORY and world.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,
