@@ -55,6 +55,10 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Where to find sample `index`: its path, in printable characters."""
 
+    def truth(self) -> tuple[np.ndarray, ...]:
+        """What is known of all samples, to compare copies of the data."""
+        return (self.targets,)
+
     def images(self) -> np.ndarray:
         """All images, (N, H, W) grey or (N, H, W, 3) RGB, uint8. Only if `in_memory`."""
         raise NotImplementedError

@@ -119,6 +119,9 @@ class CocoSource(FileSource):
         """(n,) float32, pixels of each object: of its outline, if the file says so, otherwise of its box."""
         return self._areas[self._of(index)]
 
+    def truth(self) -> tuple[np.ndarray, ...]:
+        return self._ids, self._starts, self._labels, self._boxes, self._crowd
+
     def counts(self) -> np.ndarray:
         """(classes,) boxes of each class, crowds left out."""
         return np.bincount(self._labels[~self._crowd], minlength=len(self.classes))
