@@ -19,7 +19,8 @@ LAYERS = [
     {"data"},
     {"optimizer", "lr_scheduler"},
     {"engine"},
-    {"main", "main_eval", "hubconf"},
+    {"detection"},
+    {"main", "main_eval", "main_detect", "hubconf"},
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -72,7 +73,12 @@ def test_no_circles():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-ENTRY_POINTS = ["main.py", "main_eval.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*.py"))]
+ENTRY_POINTS = [
+    "main.py",
+    "main_eval.py",
+    "main_detect.py",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*.py")),
+]
 
 
 @pytest.mark.parametrize(
