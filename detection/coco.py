@@ -379,10 +379,12 @@ def _images_folder(root: Path, annotations: Path, name: str, content: "Content")
     chosen = {int(i) for i in np.linspace(0, len(content.images) - 1, 50)} if content.images else set()
     wheres = {i: f"{_show(annotations)}: images[{i}]" for i in sorted(chosen)}
     some = [_file_name(_mapping(content.images[i], where), where) for i, where in wheres.items()]
-    for folder in [root / name for name in names if (root / name).is_dir()]:
-        there = _Present(os.path.join(folder, ""))
-        if any(there.find(name, whole=folder == root) for name in some):
-            return folder
+    folders = [root / name for name in names if (root / name).is_dir()]
+    present = [_Present(os.path.join(folder, "")) for folder in folders]
+    for whole in (True, False):
+        for folder, there in zip(folders, present, strict=True):
+            if any(there.find(name, whole) for name in some):
+                return folder
     first = f", such as {printable(some[0])}" if some else ""
     raise DataError(
         f"{_show(root)}: none of the images of {_show(annotations)} is there{first}; looked in "
