@@ -4,9 +4,11 @@ The format: https://cocodataset.org/#format-data, "Object Detection". What else 
 docs/detection_data.md.
 """
 
+import hashlib
 import json
 import os
 import re
+import socket
 import stat
 from array import array
 from collections import Counter
@@ -21,6 +23,7 @@ from data.arrays import Strings
 from data.decoding import shown_size
 from data.errors import DataError, UnreadableImage
 from data.sources import FileSource, read_file
+from runtime.distributed import World, from_all
 from utils import printable, shorten
 
 # Objects365 has 2.5 GB.
@@ -122,6 +125,14 @@ class CocoSource(FileSource):
     def counts(self) -> np.ndarray:
         """(classes,) boxes of each class, crowds left out."""
         return np.bincount(self._labels[~self._crowd], minlength=len(self.classes))
+
+    def digest(self) -> str:
+        """Of what is known of the images and boxes, and where they are in the folder."""
+        sha = hashlib.sha256("\0".join(self.classes).encode("utf-8", "backslashreplace"))
+        lists = (self._ids, self._sizes, self._paths.text, self._starts, self._boxes, self._labels, self._crowd)
+        for values in lists:
+            sha.update(np.ascontiguousarray(values).tobytes())
+        return sha.hexdigest()
 
     def _of(self, index: int) -> slice:
         """Where the boxes of image `index` are."""
@@ -321,14 +332,29 @@ class Splits(NamedTuple):
     val: CocoSource
 
 
-def read_splits(config) -> Splits:
+def read_splits(config, world: World | None = None) -> Splits:
     """The images and boxes in `DATA.DATA_PATH`: training's classes are validation's too, by name.
 
+    Args:
+        world: if given, all processes have to call it, and it is an error if they do not have the same.
+
     Raises:
-        DataError: files are missing, cannot be read, or do not belong together.
+        DataError: files are missing, cannot be read, or do not belong together; or machines have different data.
     """
     train = read_split(config, "train")
-    return Splits(train, read_split(config, "val", train.classes))
+    splits = Splits(train, read_split(config, "val", train.classes))
+    if world is None or not world.distributed:
+        return splits
+    everyone = from_all((socket.gethostname(), [(len(source), source.digest()) for source in splits]), world)
+    for rank, (host, found) in enumerate(everyone):
+        if found != everyone[0][1]:
+            counts = [" and ".join(str(count) for count, _ in of_rank[1]) for of_rank in (everyone[rank], everyone[0])]
+            raise DataError(
+                f"{config.DATA.DATA_PATH} on {host} (rank {rank}) has {counts[0]} images of train and val, on "
+                f"{everyone[0][0]} (rank 0) {counts[1]}, and they or their boxes are not the same; accepted: the same "
+                "data on all machines"
+            )
+    return splits
 
 
 def read_split(config, split: str, categories: Sequence[str] | None = None) -> CocoSource:
