@@ -4,14 +4,11 @@ The format: https://cocodataset.org/#format-data, "Object Detection". What else 
 docs/detection_data.md.
 """
 
-import hashlib
 import json
 import os
 import re
-import socket
 import stat
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +20,12 @@ from data.arrays import Strings
 from data.decoding import shown_size
 from data.errors import DataError, UnreadableImage
 from data.sources import FileSource, read_file
-from runtime.distributed import World, from_all
 from utils import printable, shorten
 
 # Objects365 has 2.5 GB.
 MOST_JSON_BYTES = 2**33
 MOST_SIDE = 2**20  # pixels
-MOST_CATEGORIES = 1_000_000
+MOST_CATEGORIES = 100_000
 # A box that reaches farther out of its image than that is counted: tools round.
 PIXELS_BEYOND = 1.0
 # What is read of a file. The rest, polygons above all, is dropped while the file is parsed: it would be most of it.
@@ -126,14 +122,6 @@ class CocoSource(FileSource):
         """(classes,) boxes of each class, crowds left out."""
         return np.bincount(self._labels[~self._crowd], minlength=len(self.classes))
 
-    def digest(self) -> str:
-        """Of what is known of the images and boxes, and where they are in the folder."""
-        sha = hashlib.sha256("\0".join(self.classes).encode("utf-8", "backslashreplace"))
-        lists = (self._ids, self._sizes, self._paths.text, self._starts, self._boxes, self._labels, self._crowd)
-        for values in lists:
-            sha.update(np.ascontiguousarray(values).tobytes())
-        return sha.hexdigest()
-
     def _of(self, index: int) -> slice:
         """Where the boxes of image `index` are."""
         if not 0 <= index < len(self):
@@ -153,13 +141,17 @@ class CocoSource(FileSource):
                 f"{_ids(names)}"
             )
         # Roboflow puts a category above all others, which no box has.
-        above = [c.get("supercategory") for c in content.categories]
+        above = {c["supercategory"] for c in content.categories if isinstance(c.get("supercategory"), str)}
         roots = [c["id"] for c in content.categories if c.get("supercategory") == "none" and c["name"] in above]
         if len(roots) == 1 and roots[0] not in used and len(names) > 1:
             self._note(f"the category {_quote(names.pop(roots[0]))}, above all others, has no box and is left out")
-        for name in [name for name, count in Counter(names.values()).items() if count > 1]:
-            ids = [i for i in names if names[i] == name]
+        ids_of: dict[str, list[int]] = {}
+        for i, name in names.items():
+            ids_of.setdefault(name, []).append(i)
+        for name, ids in ids_of.items():
             idle = [i for i in ids if i not in used]
+            if len(ids) == 1:
+                continue
             if len(ids) - len(idle) > 1:
                 raise DataError(
                     f"{_show(self.file)}: the categories {_ids(ids)} are all called {_quote(name)}; accepted: a name "
@@ -179,13 +171,13 @@ class CocoSource(FileSource):
 
     def _match(self, names: dict[int, str], used: set[int], classes: Sequence[str]) -> None:
         """Classes that are given, not this file's."""
-        ids = {name: i for i, name in names.items()}
-        if others := [name for name in ids if name not in classes and ids[name] in used]:
+        ids, own = {name: i for i, name in names.items()}, set(classes)
+        if others := [name for name in ids if name not in own and ids[name] in used]:
             raise DataError(
                 f"{_show(self.file)}: has boxes of {len(others)} categories that training does not have: "
                 f"{shorten(others)}; accepted: {shorten(list(classes), 20)}"
             )
-        if others := [name for name in ids if name not in classes]:
+        if others := [name for name in ids if name not in own]:
             self._note(f"{len(others)} categories without a box, which training does not have, are left out")
         if lacking := [name for name in classes if name not in ids]:
             self._note(f"lacks {len(lacking)} of the {len(classes)} categories of training: {shorten(lacking)}")
@@ -197,9 +189,9 @@ class CocoSource(FileSource):
         if not images:
             raise DataError(f"{_show(self.file)}: lists no images")
         positions: dict[int, int] = {}
-        names, sizes = [], np.zeros((len(images), 2), np.int32)
+        names, sizes, file = [], np.zeros((len(images), 2), np.int32), _show(self.file)
         for position, image in enumerate(images):
-            where = f"{_show(self.file)}: images[{position}]"
+            where = f"{file}: images[{position}]"
             entry = _mapping(image, where)
             image_id = _id(entry, "id", where)
             if positions.setdefault(image_id, position) != position:
@@ -254,8 +246,9 @@ class CocoSource(FileSource):
         image, label, crowd = array("q"), array("q"), array("b")
         boxes, areas = array("d"), array("d")
         strangers = boxless = 0
+        file = _show(self.file)
         for number, annotation in enumerate(annotations):
-            where = f"{_show(self.file)}: annotations[{number}]"
+            where = f"{file}: annotations[{number}]"
             entry = _mapping(annotation, where)
             position = positions.get(_id(entry, "image_id", where))
             if position is None:
@@ -332,29 +325,14 @@ class Splits(NamedTuple):
     val: CocoSource
 
 
-def read_splits(config, world: World | None = None) -> Splits:
+def read_splits(config) -> Splits:
     """The images and boxes in `DATA.DATA_PATH`: training's classes are validation's too, by name.
 
-    Args:
-        world: if given, all processes have to call it, and it is an error if they do not have the same.
-
     Raises:
-        DataError: files are missing, cannot be read, or do not belong together; or machines have different data.
+        DataError: files are missing, cannot be read, or do not belong together.
     """
     train = read_split(config, "train")
-    splits = Splits(train, read_split(config, "val", train.classes))
-    if world is None or not world.distributed:
-        return splits
-    everyone = from_all((socket.gethostname(), [(len(source), source.digest()) for source in splits]), world)
-    for rank, (host, found) in enumerate(everyone):
-        if found != everyone[0][1]:
-            counts = [" and ".join(str(count) for count, _ in of_rank[1]) for of_rank in (everyone[rank], everyone[0])]
-            raise DataError(
-                f"{config.DATA.DATA_PATH} on {host} (rank {rank}) has {counts[0]} images of train and val, on "
-                f"{everyone[0][0]} (rank 0) {counts[1]}, and they or their boxes are not the same; accepted: the same "
-                "data on all machines"
-            )
-    return splits
+    return Splits(train, read_split(config, "val", train.classes))
 
 
 def read_split(config, split: str, categories: Sequence[str] | None = None) -> CocoSource:
