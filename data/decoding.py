@@ -119,15 +119,22 @@ def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
 
 
-def shown_size(path: str) -> tuple[int, int]:
+def shown_size(path: str, noted: tuple[int, int] | None = None) -> tuple[int, int]:
     """Height and width of an image file as programs show it, turned as its EXIF orientation says. No pixels are
     decoded.
+
+    Args:
+        noted: what someone has noted as its size; that is returned if it is one that `Decoder` takes for this image.
 
     Raises:
         UnreadableImage: it is no image.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with contextlib.suppress(ValueError):
+                if noted is not None:
+                    noted_turned(image, noted)
+                    return noted
             swap = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in _SWAP_SIDES
             return (image.width, image.height) if swap else (image.height, image.width)
     except Exception as error:  # as above

@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from utils import printable, shorten
 # Objects365 has 2.5 GB.
 MOST_JSON_BYTES = 2**33
 MOST_SIDE = 2**20  # pixels
-MOST_CATEGORIES = 1_000_000
+MOST_CATEGORIES = 100_000
 # A box that reaches farther out of its image than that is counted: tools round.
 PIXELS_BEYOND = 1.0
 # What is read of a file. The rest, polygons above all, is dropped while the file is parsed: it would be most of it.
@@ -145,13 +144,17 @@ class CocoSource(FileSource):
                 f"{_ids(names)}"
             )
         # Roboflow puts a category above all others, which no box has.
-        above = [c.get("supercategory") for c in content.categories]
+        above = {c["supercategory"] for c in content.categories if isinstance(c.get("supercategory"), str)}
         roots = [c["id"] for c in content.categories if c.get("supercategory") == "none" and c["name"] in above]
         if len(roots) == 1 and roots[0] not in used and len(names) > 1:
             self._note(f"the category {_quote(names.pop(roots[0]))}, above all others, has no box and is left out")
-        for name in [name for name, count in Counter(names.values()).items() if count > 1]:
-            ids = [i for i in names if names[i] == name]
+        ids_of: dict[str, list[int]] = {}
+        for i, name in names.items():
+            ids_of.setdefault(name, []).append(i)
+        for name, ids in ids_of.items():
             idle = [i for i in ids if i not in used]
+            if len(ids) == 1:
+                continue
             if len(ids) - len(idle) > 1:
                 raise DataError(
                     f"{_show(self.file)}: the categories {_ids(ids)} are all called {_quote(name)}; accepted: a name "
@@ -171,13 +174,13 @@ class CocoSource(FileSource):
 
     def _match(self, names: dict[int, str], used: set[int], classes: Sequence[str]) -> None:
         """Classes that are given, not this file's."""
-        ids = {name: i for i, name in names.items()}
-        if others := [name for name in ids if name not in classes and ids[name] in used]:
+        ids, own = {name: i for i, name in names.items()}, set(classes)
+        if others := [name for name in ids if name not in own and ids[name] in used]:
             raise DataError(
                 f"{_show(self.file)}: has boxes of {len(others)} categories that training does not have: "
                 f"{shorten(others)}; accepted: {shorten(list(classes), 20)}"
             )
-        if others := [name for name in ids if name not in classes]:
+        if others := [name for name in ids if name not in own]:
             self._note(f"{len(others)} categories without a box, which training does not have, are left out")
         if lacking := [name for name in classes if name not in ids]:
             self._note(f"lacks {len(lacking)} of the {len(classes)} categories of training: {shorten(lacking)}")
@@ -189,9 +192,9 @@ class CocoSource(FileSource):
         if not images:
             raise DataError(f"{_show(self.file)}: lists no images")
         positions: dict[int, int] = {}
-        names, sizes = [], np.zeros((len(images), 2), np.int32)
+        names, sizes, file = [], np.zeros((len(images), 2), np.int32), _show(self.file)
         for position, image in enumerate(images):
-            where = f"{_show(self.file)}: images[{position}]"
+            where = f"{file}: images[{position}]"
             entry = _mapping(image, where)
             image_id = _id(entry, "id", where)
             if positions.setdefault(image_id, position) != position:
@@ -246,8 +249,9 @@ class CocoSource(FileSource):
         image, label, crowd = array("q"), array("q"), array("b")
         boxes, areas = array("d"), array("d")
         strangers = boxless = 0
+        file = _show(self.file)
         for number, annotation in enumerate(annotations):
-            where = f"{_show(self.file)}: annotations[{number}]"
+            where = f"{file}: annotations[{number}]"
             entry = _mapping(annotation, where)
             position = positions.get(_id(entry, "image_id", where))
             if position is None:
@@ -382,10 +386,12 @@ def _images_folder(root: Path, annotations: Path, name: str, content: "Content")
     chosen = {int(i) for i in np.linspace(0, len(content.images) - 1, 50)} if content.images else set()
     wheres = {i: f"{_show(annotations)}: images[{i}]" for i in sorted(chosen)}
     some = [_file_name(_mapping(content.images[i], where), where) for i, where in wheres.items()]
-    for folder in [root / name for name in names if (root / name).is_dir()]:
-        there = _Present(os.path.join(folder, ""))
-        if any(there.find(name, whole=folder == root) for name in some):
-            return folder
+    folders = [root / name for name in names if (root / name).is_dir()]
+    present = [_Present(os.path.join(folder, "")) for folder in folders]
+    for whole in (True, False):
+        for folder, there in zip(folders, present, strict=True):
+            if any(there.find(name, whole) for name in some):
+                return folder
     first = f", such as {printable(some[0])}" if some else ""
     raise DataError(
         f"{_show(root)}: none of the images of {_show(annotations)} is there{first}; looked in "

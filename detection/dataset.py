@@ -233,7 +233,7 @@ class BucketEvalSampler(Sampler[BatchKey]):
     def __init__(
         self, of_size: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], batch: int, rank: int, world_size: int
     ):
-        self.sizes, self.batch, self.start = sizes, batch, 0
+        self.sizes, self.batch = sizes, batch
         # The remainders of the sizes go to different processes.
         starts = np.cumsum([0, *map(len, of_size)])
         self.of_size = [
