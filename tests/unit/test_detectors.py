@@ -291,3 +291,26 @@ def test_a_checkpoint_of_another_model_does_not_start_it(tmp_path):
     config = small_config()
     with pytest.raises(CheckpointError, match="does not fit the model"):
         load_backbone(build_detector(config, 3), path, config)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "rt_detr"])
+def test_peers_of_the_canvases_are_as_large(detector):
+    """The smallest backbone has at least 85 % of the parameters of the largest."""
+    library(detector)
+    counts = {}
+    for name in ("strip_mlp_pico", "sparse_mlp", "resnet"):
+        config, notes = load_config(ROOT / f"configs/detection/{detector}_{name}.yaml")
+        assert not notes and (config.DETECTION.DETECTOR, config.TAG) == (detector, detector)
+        backbone = build_detector(config, 10).backbone
+        assert backbone.strides == [8, 16, 32]
+        counts[name] = sum(parameter.numel() for parameter in backbone.parameters())
+    assert min(counts.values()) > 0.85 * max(counts.values())
+
+
+def test_retinanet_of_photographs():
+    config, _ = load_config(ROOT / "configs/detection/retinanet_strip_mlp_tiny.yaml")
+    detector = build_detector(config, 80)
+    assert detector.network.backbone.strides == [8, 16, 32, 64, 128]
+    # RetinaNet's smallest and largest anchors of each map, but for aspect ratios: 32 to 51, ..., 512 to 813
+    sizes = detector.network.anchor_generator.sizes
+    assert (sizes[0], sizes[-1]) == ((32, 40, 51), (512, 645, 813))
