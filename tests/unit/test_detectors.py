@@ -300,7 +300,7 @@ def test_peers_of_the_canvases_are_as_large(detector):
     counts = {}
     for name in ("strip_mlp_pico", "sparse_mlp", "resnet"):
         config, notes = load_config(ROOT / f"configs/detection/{detector}_{name}.yaml")
-        assert not notes and (config.DETECTION.DETECTOR, config.TAG) == (detector, detector)
+        assert not notes and config.DETECTION.DETECTOR == config.TAG == detector
         backbone = build_detector(config, 10).backbone
         assert backbone.strides == [8, 16, 32]
         counts[name] = sum(parameter.numel() for parameter in backbone.parameters())
