@@ -234,7 +234,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
         model,
         device_ids=None if on_cpu else [world.device],
         gradient_as_bucket_view=True,
-        # All parameters are used, but for detectors that say otherwise. But while it looks for unused ones, it does not
+        # All parameters are used, unless the model says otherwise. But while it looks for unused ones, it does not
         # rearrange its buckets after the first step. From three processes on, the place in a bucket decides the order
         # in which gradients are summed, so that a resumed run would differ in the last bit. On GPUs sums are not
         # reproducible anyway: save the time.
