@@ -228,18 +228,14 @@ def csv_lines(rows: Sequence[Sequence[object]]) -> str:
 FORMATS = {"text": as_text, "json": as_json, "csv": as_csv}
 
 
-@contextlib.contextmanager
-def opened(path: Path | None) -> Iterator[TextIO]:
+def opened(path: Path | None) -> contextlib.AbstractContextManager[TextIO]:
     """The file that --output names, to write to; standard output if it names none."""
     if path is None:
-        yield sys.stdout
-        return
+        return contextlib.nullcontext(sys.stdout)
     try:
-        file = open(path, "w", encoding="utf-8", newline="")
+        return open(path, "w", encoding="utf-8", newline="")
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written: {error.strerror}") from error
-    with file:
-        yield file
 
 
 def classify(args: argparse.Namespace, content: Mapping, paths: Sequence[str]) -> Iterator[tuple[Prediction, str]]:
