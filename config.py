@@ -217,6 +217,57 @@ key("MODEL.STRIP_MLP.MULTI_SCALE_SHORTCUTS", True)
 key("MODEL.STRIP_MLP.GRN", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The detector on the model (main_detect.py alone)
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's retinanet, faster_rcnn or fcos, with a feature pyramid; or transformers' deformable_detr, rt_detr or
+# d_fine, which need requirements/detr.txt
+key(
+    "DETECTION.DETECTOR",
+    "retinanet",
+    one_of("retinanet", "faster_rcnn", "fcos", "deformable_detr", "rt_detr", "d_fine"),
+)
+# Pixels per token side of the model's maps that the detector gets. RetinaNet, FCOS and the DETRs have 8 to 32 in their
+# papers, Faster R-CNN 4 to 32.
+key(
+    "DETECTION.STRIDES",
+    [8, 16, 32],
+    (
+        lambda value: len(value) > 0 and value[0] > 0 and all(2 * a == b for a, b in itertools.pairwise(value)),
+        "strides of the model, each twice the one before",
+    ),
+)
+# Only what is more likely is reported; 0: everything, up to MAX_DETECTIONS per image, as COCO's AP counts it
+key("DETECTION.SCORE_THRESHOLD", 0.0, LESS_THAN_1)
+key("DETECTION.MAX_DETECTIONS", 100, at_least(1))
+# Channels of the feature pyramid, or of a DETR's tokens (d_model)
+key("DETECTION.HEAD.CHANNELS", 256, (lambda value: value > 0 and value % 32 == 0, "a multiple of 32"))
+# Pyramids only: coarser maps than the model's: 2 in RetinaNet and FCOS, 1 in Faster R-CNN; 0 if all objects are small
+key("DETECTION.HEAD.EXTRA_LEVELS", 0, (lambda value: value in (0, 1, 2), "0, 1 or 2"))
+# RetinaNet and Faster R-CNN only: the smallest anchor of a map, as a multiple of its stride; how many sizes there are
+# from it to twice that; and ratios of height to width. RetinaNet: 4, 3; Faster R-CNN: 8, 1
+key("DETECTION.HEAD.ANCHOR_SCALE", 4.0, POSITIVE)
+key("DETECTION.HEAD.ANCHORS_PER_OCTAVE", 3, at_least(1))
+key(
+    "DETECTION.HEAD.ASPECT_RATIOS",
+    [0.5, 1.0, 2.0],
+    (lambda value: len(value) > 0 and min(value) > 0 and max(value) < 100, "numbers, more than 0"),
+)
+# Faster R-CNN only: regions of an image in evaluation, and twice as many in training; the size in pixels of a box that
+# is pooled from the map at stride 16
+key("DETECTION.HEAD.PROPOSALS", 1000, at_least(4))
+key("DETECTION.HEAD.ROI_SCALE", 224, at_least(1))
+# DETRs only: queries, which is the largest number of objects in an image; layers (Deformable DETR: 6 and 6, RT-DETR and
+# D-FINE: 1 and 6), heads, hidden channels of their MLPs, dropout
+key("DETECTION.HEAD.QUERIES", 300, at_least(1))
+key("DETECTION.HEAD.ENCODER_LAYERS", 1, at_least(1))
+key("DETECTION.HEAD.DECODER_LAYERS", 6, at_least(1))
+key("DETECTION.HEAD.ATTENTION_HEADS", 8, at_least(1))
+key("DETECTION.HEAD.HIDDEN_CHANNELS", 1024, at_least(1))
+key("DETECTION.HEAD.DROPOUT", 0.0, LESS_THAN_1)
+# RT-DETR and D-FINE only: queries that training adds, which are true boxes with noise
+key("DETECTION.HEAD.DENOISING_QUERIES", 100, at_least(0))
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 key("TRAIN.EPOCHS", 300, at_least(1))
