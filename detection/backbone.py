@@ -1,7 +1,7 @@
 """A classifier's network as the backbone of a detector: its maps at some strides, for images of one size or a few."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from timm.models._features import FeatureGetterNet
@@ -30,7 +30,8 @@ class BucketedBackbone(nn.Module):
 
     Attributes:
         channels, strides: of the maps, finest first.
-        sized: the modules that depend on the size, for each size after the first.
+        sized: the modules that depend on the size, for each size after the first, under the names that they have in
+            `body.model` for the first.
 
     Shape: (N, 3, H, W), (H, W) one of the sizes -> maps (N, C, H / stride, W / stride).
     """
@@ -46,7 +47,7 @@ class BucketedBackbone(nn.Module):
         for size, other in self._bodies.items():
             if other is not body:
                 other.model.set_input_size(size)
-                self.sized.append(nn.ModuleList(module for _, module, _ in other.model.map_sized()))
+                self.sized.append(nested({name: module for name, module, _ in other.model.map_sized()}))
 
     def body_for(self, size: Size) -> nn.Module:
         """The network for images of that size. Raises ValueError if it is not one of the sizes."""
@@ -63,6 +64,20 @@ class BucketedBackbone(nn.Module):
         for body in self._bodies.values():  # the containers of the twins are not registered
             body.train(mode)
         return self
+
+
+def nested(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """Modules in a module of modules, by names with dots."""
+    root = nn.ModuleDict()
+    for name, module in modules.items():
+        *parents, last = name.split(".")
+        node = root
+        for parent in parents:
+            if parent not in node:
+                node[parent] = nn.ModuleDict()
+            node = node[parent]
+        node[last] = module
+    return root
 
 
 def twin(module: nn.Module) -> nn.Module:

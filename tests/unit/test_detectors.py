@@ -180,6 +180,18 @@ def test_sizes_share_what_does_not_depend_on_them():
     assert sum("sized" in n and n.endswith("bias") for n in not_decayed) == 16 and not any(
         "grn" in n for n in not_decayed
     )
+    # With layer decay, a layer's parameters have the same rate for all sizes.
+    rates = {names[id(p)]: g["lr_scale"] for g in param_groups(detector, 0.05, 0.5) for p in g["params"]}
+    classifier = build_model(small_config("MODEL.NUM_CLASSES", "3"))
+    classifier_groups = param_groups(classifier, 0.05, 0.5)
+    expected = {id(p): g["lr_scale"] for g in classifier_groups for p in g["params"]}
+    for name, parameter in classifier.named_parameters():
+        if name.startswith(("norm.", "head.")):
+            continue
+        assert rates[f"backbone.body.model.{name}"] == expected[id(parameter)] < 1
+        if ".strip_" in name:
+            assert rates[f"backbone.sized.1.{name}"] == expected[id(parameter)]
+    assert all(rate == 1 for name, rate in rates.items() if name.startswith("network"))
     freeze(detector, "backbone")
     assert {n.split(".")[0] for n, p in detector.named_parameters() if p.requires_grad} == {"network"}
 
