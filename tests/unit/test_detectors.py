@@ -46,7 +46,7 @@ def small_detector(*opts, num_classes=3):
 
 def library(name):
     if name in DETRS:
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", "5.24")
         pytest.importorskip("scipy")
 
 
