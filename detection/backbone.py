@@ -1,17 +1,17 @@
 """A classifier's network as the backbone of a detector: its maps at some strides, for images of one size or a few."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from config import detection_sizes
 from models import build_model
-from models.backbone import Backbone
+from models.backbone import Backbone, check_img_size
 from models.build import ModelError
-from models.resample import MapSized
 from runtime.checkpoint import load_weights, read_checkpoint
 
 Size = tuple[int, int]  # height, width
@@ -30,7 +30,8 @@ class BucketedBackbone(nn.Module):
 
     Attributes:
         channels, strides: of the maps, finest first.
-        sized: the modules that depend on the size, for each size after the first.
+        sized: the modules that depend on the size, for each size after the first, under the names that they have in
+            `body.model` for the first.
 
     Shape: (N, 3, H, W), (H, W) one of the sizes -> maps (N, C, H / stride, W / stride).
     """
@@ -40,40 +41,54 @@ class BucketedBackbone(nn.Module):
         self.body, self.sizes = body, tuple(sizes)
         self.channels, self.strides = body.feature_info.channels(), body.feature_info.reduction()
         self.sized = nn.ModuleList()
-        depends = isinstance(body.model, Backbone) and body.model.img_size is not None
-        # Not registered: what they share is registered under `body`, the rest under `sized`.
-        self._bodies = {size: body if size == self.sizes[0] or not depends else twin(body) for size in self.sizes}
-        for size, other in self._bodies.items():
-            if other is not body:
-                other.model.set_input_size(size)
-                self.sized.append(nn.ModuleList(module for _, module, _ in other.model.map_sized()))
+        if isinstance(body.model, Backbone) and body.model.img_size is not None:
+            self.sized.extend(resampled(body.model, size) for size in self.sizes[1:])
 
+    @torch.compiler.disable
     def body_for(self, size: Size) -> nn.Module:
         """The network for images of that size. Raises ValueError if it is not one of the sizes."""
-        if size not in self._bodies:
+        if size not in self.sizes:
             accepted = ", ".join(f"{height} x {width}" for height, width in self.sizes)
             raise ValueError(f"images of {size[0]} x {size[1]} pixels; accepted: {accepted} (DETECTION.SIZES)")
-        return self._bodies[size]
+        if size == self.sizes[0] or not self.sized:
+            return self.body
+        # Put together each time, which takes a millisecond or so: what is shared may have been replaced since, such as
+        # batch norms by synchronised ones.
+        body = assembled(self.body, {"model": self.sized[self.sizes.index(size) - 1]})
+        body.model.img_size = size
+        return body
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return self.body_for(tuple(images.shape[-2:]))(images)
-
-    def train(self, mode: bool = True) -> "BucketedBackbone":
-        super().train(mode)
-        for body in self._bodies.values():  # the containers of the twins are not registered
-            body.train(mode)
-        return self
+        body = self.body_for(tuple(images.shape[-2:])) if self.sized else self.body
+        return body(images)
 
 
-def twin(module: nn.Module) -> nn.Module:
-    """A copy with its own modules that depend on the size of the map, and the very same ones otherwise."""
-    if isinstance(module, MapSized):
-        return copy.deepcopy(module)
-    if not any(isinstance(inner, MapSized) for inner in module.modules()):
-        return module
+def resampled(model: Backbone, size: Size) -> nn.ModuleDict:
+    """Copies of the model's modules that depend on the image size, for images of another size: by their names, in which
+    each dot is a step into the next dictionary."""
+    check_img_size(size, model.feature_info[-1]["reduction"])
+    root = nn.ModuleDict()
+    for name, module, reduction in model.map_sized():
+        own = copy.deepcopy(module)
+        own.set_map_size((size[0] // reduction, size[1] // reduction))
+        *parents, last = name.split(".")
+        node = root
+        for parent in parents:
+            if parent not in node:
+                node[parent] = nn.ModuleDict()
+            node = node[parent]
+        node[last] = own
+    return root
+
+
+def assembled(module: nn.Module, own: Mapping[str, nn.Module] | nn.ModuleDict) -> nn.Module:
+    """A copy of the module that has some of its modules from `own` (see `resampled`), and shares all others."""
     other = copy.copy(module)
-    other._modules = {name: child and twin(child) for name, child in module._modules.items()}
-    other._parameters, other._buffers = dict(module._parameters), dict(module._buffers)
+    other._modules = dict(module._modules)
+    for name in own:
+        replacement = own[name]
+        is_inside = isinstance(replacement, nn.ModuleDict)
+        other._modules[name] = assembled(module._modules[name], replacement) if is_inside else replacement
     return other
 
 

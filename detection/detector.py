@@ -1,5 +1,6 @@
 """One interface for the detectors of several libraries."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 from .backbone import BucketedBackbone
 
 Target = dict[str, Tensor]
+
+# How the names of a backbone's parameters begin, in a detector (see `BucketedBackbone`)
+BODIES = r"backbone\.(?:body\.model|sized\.\d+)\."
 
 
 class HandedOver(nn.Module):
@@ -78,9 +82,25 @@ class Detector(nn.Module, ABC):
         names = getattr(self.backbone.body.model, method, set)()
         return {f"backbone.body.model.{name}" for name in names}
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """The backbone's layers, for all sizes of images. What is not among them comes after the last."""
+        found = self.backbone.body.model.group_matcher(coarse=coarse)
+        return {
+            layer: in_bodies(pattern)
+            if isinstance(pattern, str)
+            else [(in_bodies(inner), order) for inner, order in pattern or ()]
+            for layer, pattern in found.items()
+        }
+
     def compile(self, *args, **kwargs) -> None:
         """Compiles the backbone. The rest depends on how many boxes there are."""
         self.backbone.compile(*args, **kwargs)
+
+
+def in_bodies(pattern: str) -> str:
+    """A regular expression for the beginning of names in a backbone, as one for names in a detector."""
+    without_start = re.sub(r"(^|\|)\^", r"\1", pattern)  # of each alternative
+    return f"^{BODIES}(?:{without_start})"
 
 
 def learnable(target: Target) -> Target:

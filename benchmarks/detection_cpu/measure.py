@@ -70,7 +70,6 @@ def build(name: str, size: int) -> nn.Module:
             weights=None,
             weights_backbone=None,
             num_classes=CLASSES,
-            trainable_backbone_layers=5,
             fixed_size=(size, size),
         )
     return build_detector(load_config(CONFIG, ["DATA.IMG_SIZE", str(size)])[0], CLASSES)

@@ -46,7 +46,7 @@ def small_detector(*opts, num_classes=3):
 
 def library(name):
     if name in DETRS:
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", "5.24")
         pytest.importorskip("scipy")
 
 
@@ -89,6 +89,7 @@ def test_training_step_and_what_is_found(name):
         assert set(image["labels"].tolist()) <= {0, 1, 2}
         left, top, right, bottom = image["boxes"].unbind(1)
         assert (left >= 0).all() and (top >= 0).all() and (right <= 96).all() and (bottom <= 64).all()
+    sum(detector.train()(images, targets).values()).backward()  # also with what it kept of an evaluation
     # A moving average of the weights goes as far with each: a state dict has none of them twice.
     pointers = [value.data_ptr() for value in detector.state_dict().values()]
     assert len(set(pointers)) == len(pointers)
@@ -165,7 +166,9 @@ def test_sizes_share_what_does_not_depend_on_them():
     first, other = (backbone.body_for(size).model for size in ((64, 96), (96, 64)))
     assert first.img_size == (64, 96) and other.img_size == (96, 64)
     assert first.stages[0][0].channel_mixing is other.stages[0][0].channel_mixing
-    detector.double()  # as a move to a device, it replaces buffers
+    # As a move to a device, it replaces buffers; and this replaces modules.
+    detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector).double()
+    first, other = (backbone.body_for(size).model for size in ((64, 96), (96, 64)))
     own = {n for n, p in other.named_parameters() if p is not first.get_parameter(n)}
     assert own == {f"{n}.{p}" for n, module, _ in other.map_sized() for p in module.map_axes}
     assert all(b is first.get_buffer(n) for n, b in other.named_buffers())
@@ -180,6 +183,18 @@ def test_sizes_share_what_does_not_depend_on_them():
     assert sum("sized" in n and n.endswith("bias") for n in not_decayed) == 16 and not any(
         "grn" in n for n in not_decayed
     )
+    # With layer decay, a layer's parameters have the same rate for all sizes.
+    rates = {names[id(p)]: g["lr_scale"] for g in param_groups(detector, 0.05, 0.5) for p in g["params"]}
+    classifier = build_model(small_config("MODEL.NUM_CLASSES", "3"))
+    classifier_groups = param_groups(classifier, 0.05, 0.5)
+    expected = {id(p): g["lr_scale"] for g in classifier_groups for p in g["params"]}
+    for name, parameter in classifier.named_parameters():
+        if name.startswith(("norm.", "head.")):
+            continue
+        assert rates[f"backbone.body.model.{name}"] == expected[id(parameter)] < 1
+        if ".strip_" in name:
+            assert rates[f"backbone.sized.1.{name}"] == expected[id(parameter)]
+    assert all(rate == 1 for name, rate in rates.items() if name.startswith("network"))
     freeze(detector, "backbone")
     assert {n.split(".")[0] for n, p in detector.named_parameters() if p.requires_grad} == {"network"}
 
@@ -193,8 +208,8 @@ def test_training_with_one_size_moves_the_shared_weights_of_all():
     optimizer.step()
     ema.update(detector)
     changed = {n for n, p in detector.named_parameters() if not torch.equal(p, before.get_parameter(n))}
-    strips = {n for n, _ in detector.named_parameters() if ".strip_" in n or ".pos_" in n}
-    assert not changed & strips  # those of the first size
+    strips = {n for n, _ in detector.named_parameters() if "body" in n and (".strip_" in n or ".pos_" in n)}
+    assert len(strips) == 24 and not changed & strips  # those of the first size
     assert {n.split(".")[2] for n in changed if "sized" in n} == {"0"}
     assert "backbone.body.model.patch_embed.weight" in changed
     for name, value in ema.module.state_dict().items():
