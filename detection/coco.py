@@ -34,6 +34,15 @@ _KEPT |= {"image_id", "category_id", "bbox", "area", "iscrowd"}
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 ROBOFLOW = "_annotations.coco.json"
+# Keys that choose among a classification data set's images, and their defaults: none of them is heeded here.
+CLASSIFICATION_ONLY = {
+    "CLASSES": "all",
+    "IMAGES_PER_CLASS": 0,
+    "VAL_FRACTION": 0.0,
+    "FOLDS": 0,
+    "SAMPLER": "uniform",
+    "ZIP_MODE": False,
+}
 
 
 class CocoSource(FileSource):
@@ -347,6 +356,9 @@ def read_split(config, split: str, categories: Sequence[str] | None = None) -> C
     Raises:
         DataError: see `read_splits`.
     """
+    for key, default in CLASSIFICATION_ONLY.items():
+        if config.DATA[key] != default:
+            raise DataError(f"DATA.{key} is {config.DATA[key]}, which is for classification; here: {default}")
     if not config.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty; give --data-path, a folder in COCO's layout")
     root = Path(config.DATA.DATA_PATH)

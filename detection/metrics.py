@@ -119,6 +119,11 @@ def evaluate(
 
 
 def _library() -> tuple[type, type]:
+    """The classes of the faster library that is installed. They agree to 15 digits (benchmarks/coco_eval)."""
+    with contextlib.suppress(ImportError):
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        return COCO, COCOeval_faster
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

@@ -198,3 +198,6 @@ def test_missing_annotations_are_named(tmp_path):
     (tmp_path / "annotations/instances_default.json").touch()
     with pytest.raises(DataError, match=r"no annotations/instances_train\.json .* has instances_default\.json"):
         read_splits(config)
+    config.DATA.VAL_FRACTION = 0.1
+    with pytest.raises(DataError, match=r"DATA\.VAL_FRACTION is 0\.1, which is for classification"):
+        read_splits(config)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from logging import getLogger
 
 import numpy as np
@@ -16,6 +17,8 @@ from detection.coco import CocoSource
 from detection.dataset import build_eval_loader, build_train_loader, to_original, whole_batches
 from detection.metrics import CocoAP, to_results
 from runtime.distributed import World
+from tests.helpers import ROOT, load_tool
+from utils import UserError
 
 SIDES = ((96, 64), (64, 96), (70, 70))  # width, height
 IMAGES = 26
@@ -183,7 +186,7 @@ def exact(source, index):
 
 
 def test_average_precision(source):
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools")  # at least; the faster one is used if it is there
     ids = [source.image_id(i) for i in range(len(source))]
     ap = CocoAP(source)
     assert ap.compute()["AP"] == 0
@@ -207,6 +210,22 @@ def test_average_precision(source):
     result = ap.compute()
     assert 0.9 < result["per_class"]["two"] < 1
     assert result["per_class"]["one"] == 1
+
+
+@pytest.mark.parametrize("kind", ["crowds", "equal scores"])
+def test_both_libraries_agree(kind):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("faster_coco_eval")
+    measure = load_tool(ROOT / "benchmarks/coco_eval/measure.py")
+    precision, average, _ = measure.compare(0, 12, 3, 6, 20, 0.3, kind == "equal scores")
+    assert max(precision, average) < 1e-12
+
+
+def test_a_missing_library_is_named(source, monkeypatch):
+    for name in ("faster_coco_eval", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"pip install -r requirements/detection\.txt"):
+        CocoAP(source).compute()
 
 
 def test_results_are_in_the_ids_of_the_file(source):
