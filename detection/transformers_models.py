@@ -43,6 +43,13 @@ NETWORKS = {
     "rt_detr": (RTDetrConfig, RTDetrForObjectDetection),
     "d_fine": (DFineConfig, DFineForObjectDetection),
 }
+LOSSES = {
+    "deformable_detr": ("loss_ce", "loss_bbox", "loss_giou"),
+    "rt_detr": ("loss_vfl", "loss_bbox", "loss_giou"),
+    "d_fine": ("loss_vfl", "loss_bbox", "loss_giou", "loss_fgl", "loss_ddf"),
+}
+# What the matcher and SciPy say of predictions that are not finite.
+NOT_FINITE = r"boxes1 must be in|invalid numeric entries"
 # Of Deformable DETR's losses, which come without their weights; what else comes is no loss.
 DEFORMABLE_WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 
@@ -140,8 +147,15 @@ class TransformersDetector(Detector):
             {"class_labels": target["labels"], "boxes": box_convert(target["boxes"], "xyxy", "cxcywh") / scale}
             for target in targets
         ]
-        with torch.autocast(images.device.type, enabled=False):
-            parts = self.network(pixel_values=images, labels=labels).loss_dict
+        try:
+            with torch.autocast(images.device.type, enabled=False):
+                parts = self.network(pixel_values=images, labels=labels).loss_dict
+        except ValueError as error:
+            if not re.search(NOT_FINITE, str(error)):
+                raise
+            # The step is skipped, as after any loss that is no number. Other processes may wait for these gradients.
+            nothing = sum(p.sum() for p in self.parameters() if p.requires_grad) * math.nan
+            return dict.fromkeys(LOSSES[self.name], nothing)
         losses: dict[str, Tensor] = {}
         for name, value in parts.items():  # such as loss_bbox_aux_1: of a layer, or of queries with noise
             kind = re.match(r"loss_[a-z]+|", name)[0]

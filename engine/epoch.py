@@ -262,7 +262,7 @@ class Meter:
     def add(self, step: Step) -> None:
         """Adds the losses of a step, unless it was skipped, without waiting for the device."""
         progress, (parts, self._parts) = self.run.state.progress, (self._parts, [])
-        if progress.parts != list(parts[0]):  # the epoch's first step
+        if set(progress.parts) != set(parts[0]):  # the epoch's first step
             progress.parts = list(parts[0])
             progress.losses = torch.cat([progress.losses[:2], progress.losses.new_zeros(len(parts[0]))])
         losses = progress.losses

@@ -136,6 +136,20 @@ def test_boxes_and_labels_of_a_perfect_network(name):
     assert torch.allclose(found[0]["boxes"][order], targets[0]["boxes"][:2], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", DETRS)
+def test_a_loss_that_is_no_number_does_not_end_a_run(name):
+    """The library raises an exception. The engine skips the step, if it sees the loss and all gradients."""
+    library(name)
+    detector = small_detector("DETECTION.DETECTOR", name)
+    names = detector(*batch()).keys()
+    with torch.no_grad():
+        next(detector.parameters()).fill_(float("nan"))
+    losses = detector(*batch())
+    assert losses.keys() == names
+    sum(losses.values()).backward()
+    assert not any(p.grad.isfinite().any() for p in detector.parameters() if p.requires_grad)
+
+
 def test_learns_two_boxes_by_heart():
     detector = small_detector("DETECTION.HEAD.ANCHOR_SCALE", "2")
     images, targets = batch()
