@@ -217,6 +217,57 @@ key("MODEL.STRIP_MLP.MULTI_SCALE_SHORTCUTS", True)
 key("MODEL.STRIP_MLP.GRN", True)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The detector on the model (main_detect.py alone)
+# ---------------------------------------------------------------------------------------------------------------------
+# torchvision's retinanet, faster_rcnn or fcos, with a feature pyramid; or transformers' deformable_detr, rt_detr or
+# d_fine, which need requirements/detr.txt
+key(
+    "DETECTION.DETECTOR",
+    "retinanet",
+    one_of("retinanet", "faster_rcnn", "fcos", "deformable_detr", "rt_detr", "d_fine"),
+)
+# Pixels per token side of the model's maps that the detector gets. RetinaNet, FCOS and the DETRs have 8 to 32 in their
+# papers, Faster R-CNN 4 to 32.
+key(
+    "DETECTION.STRIDES",
+    [8, 16, 32],
+    (
+        lambda value: len(value) > 0 and value[0] > 0 and all(2 * a == b for a, b in itertools.pairwise(value)),
+        "strides of the model, each twice the one before",
+    ),
+)
+# Only what is more likely is reported; 0: everything, up to MAX_DETECTIONS per image, as COCO's AP counts it
+key("DETECTION.SCORE_THRESHOLD", 0.0, LESS_THAN_1)
+key("DETECTION.MAX_DETECTIONS", 100, at_least(1))
+# Channels of the feature pyramid, or of a DETR's tokens (d_model)
+key("DETECTION.HEAD.CHANNELS", 256, (lambda value: value > 0 and value % 32 == 0, "a multiple of 32"))
+# Pyramids only: coarser maps than the model's: 2 in RetinaNet and FCOS, 1 in Faster R-CNN; 0 if all objects are small
+key("DETECTION.HEAD.EXTRA_LEVELS", 0, (lambda value: value in (0, 1, 2), "0, 1 or 2"))
+# RetinaNet and Faster R-CNN only: the smallest anchor of a map, as a multiple of its stride; how many sizes there are
+# from it to twice that; and ratios of height to width. RetinaNet: 4, 3; Faster R-CNN: 8, 1
+key("DETECTION.HEAD.ANCHOR_SCALE", 4.0, POSITIVE)
+key("DETECTION.HEAD.ANCHORS_PER_OCTAVE", 3, at_least(1))
+key(
+    "DETECTION.HEAD.ASPECT_RATIOS",
+    [0.5, 1.0, 2.0],
+    (lambda value: len(value) > 0 and min(value) > 0 and max(value) < 100, "numbers, more than 0"),
+)
+# Faster R-CNN only: regions of an image in evaluation, and twice as many in training; the size in pixels of a box that
+# is pooled from the map at stride 16
+key("DETECTION.HEAD.PROPOSALS", 1000, at_least(4))
+key("DETECTION.HEAD.ROI_SCALE", 224, at_least(1))
+# DETRs only: queries, which is the largest number of objects in an image; layers (Deformable DETR: 6 and 6, RT-DETR and
+# D-FINE: 1 and 6), heads, hidden channels of their MLPs, dropout
+key("DETECTION.HEAD.QUERIES", 300, at_least(1))
+key("DETECTION.HEAD.ENCODER_LAYERS", 1, at_least(1))
+key("DETECTION.HEAD.DECODER_LAYERS", 6, at_least(1))
+key("DETECTION.HEAD.ATTENTION_HEADS", 8, at_least(1))
+key("DETECTION.HEAD.HIDDEN_CHANNELS", 1024, at_least(1))
+key("DETECTION.HEAD.DROPOUT", 0.0, LESS_THAN_1)
+# RT-DETR and D-FINE only: queries that training adds, which are true boxes with noise
+key("DETECTION.HEAD.DENOISING_QUERIES", 100, at_least(0))
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 key("TRAIN.EPOCHS", 300, at_least(1))
@@ -233,7 +284,8 @@ key("TRAIN.LR_REFERENCE_BATCH", 512, at_least(1))
 # each class in label order, separated by commas. Only their ratios matter: the mean over the training images is made 1.
 key("TRAIN.CLASS_WEIGHTS", "none", (_are_weights, "none, balanced, or numbers more than 0 separated by commas"))
 # Early stopping: the run ends after the first evaluation this many epochs after the best one, counted by
-# PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth. val_loss: that with the lowest validation loss.
+# PATIENCE_METRIC; 0: never. top1: the best epoch is that of best.pth (of detectors by AP). val_loss: that with the
+# lowest validation loss.
 key("TRAIN.PATIENCE", 0, at_least(0))
 key("TRAIN.PATIENCE_METRIC", "top1", one_of("top1", "val_loss"))
 # Largest global gradient norm, or what CLIP_MODE makes of it; 0: no clipping
@@ -302,8 +354,8 @@ key("TRAIN.LR_SCHEDULER.POWER", 0.5, POSITIVE)
 # wsd only: the part of the epochs after the warm-up in which the rate goes down, and how
 key("TRAIN.LR_SCHEDULER.WSD_DECAY", 0.2, (lambda value: 0 < value <= 1, "more than 0, to 1"))
 key("TRAIN.LR_SCHEDULER.WSD_SHAPE", "1-sqrt", one_of("1-sqrt", "linear", "cosine"))
-# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, val_loss) was not better than the best by
-# more than THRESHOLD
+# plateau only: after PATIENCE evaluations in a row of which METRIC (top1, of detectors AP; val_loss) was not better
+# than the best by more than THRESHOLD
 key("TRAIN.LR_SCHEDULER.PATIENCE", 10, at_least(1))
 key("TRAIN.LR_SCHEDULER.METRIC", "top1", one_of("top1", "val_loss"))
 key("TRAIN.LR_SCHEDULER.THRESHOLD", 0.0, at_least(0))
@@ -359,6 +411,36 @@ key("AUG.MIXUP_PROB", 1.0, within(0, 1))
 key("AUG.MIXUP_SWITCH_PROB", 0.5, within(0, 1))
 # batch, pair or elem
 key("AUG.MIXUP_MODE", "batch", one_of("batch", "pair", "elem"))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Detection
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes that images are brought to, as height, width, height, width, ...: each goes to the one of the nearest aspect
+# ratio, and a batch has one of them. [0]: DATA.IMG_SIZE alone.
+key(
+    "DETECTION.SIZES",
+    [0],
+    (
+        lambda value: value in ([], [0]) or (len(value) % 2 == 0 and min(value) >= 1),
+        "[height, width, height, width, ...], each 1 or more, or [0] for DATA.IMG_SIZE",
+    ),
+)
+# How: resize: to exactly that size; pad: the aspect ratio is kept, and the rest is filled with ImageNet's mean
+key("DETECTION.FIT", "resize", one_of("resize", "pad"))
+# Training only, drawn for each image. Probability of a horizontal flip
+key("DETECTION.FLIP", 0.5, within(0, 1))
+# The image is scaled by a factor between these two, beyond what fits it into its size, and cropped or padded to that
+key(
+    "DETECTION.SCALE_JITTER",
+    [0.8, 1.25],
+    (lambda value: len(value) == 2 and 0.05 <= value[0] <= value[1] <= 20, "two factors in order, 0.05 to 20"),
+)
+# Probability of a crop before that, which keeps a box with an overlap drawn from 0 to 1 (Liu et al., 2016, SSD)
+key("DETECTION.CROP", 0.0, within(0, 1))
+# Probability of a change of brightness, contrast, saturation and hue (SSD's as well)
+key("DETECTION.PHOTOMETRIC", 0.5, within(0, 1))
+# Probability that an image is put together from four, it and three others (Bochkovskiy et al., 2020, YOLOv4)
+key("DETECTION.MOSAIC", 0.0, within(0, 1))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
@@ -816,6 +898,12 @@ def coerce_size(value: Any, where: str) -> int | list[int]:
 def image_size(config: CfgNode) -> tuple[int, int]:
     """Height and width of the images that the model is given, in pixels."""
     return _pair(config.DATA.IMG_SIZE)
+
+
+def detection_sizes(config: CfgNode) -> list[tuple[int, int]]:
+    """The (height, width) in pixels that images are brought to for detection, in the order of DETECTION.SIZES."""
+    sides = [side for side in config.DETECTION.SIZES if side]
+    return list(zip(sides[::2], sides[1::2], strict=True)) or [image_size(config)]
 
 
 def _is_count(number: int) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,9 +136,9 @@ class MetricsLog:
             os.fsync(file.fileno())  # as the checkpoint that follows is
         self._trackers.call("write", metrics)
 
-    def write_images(self, title: str, images: Tensor) -> None:
+    def write_images(self, title: str, images: Tensor, epoch: int = 0) -> None:
         """Shows the first 64 of images (N, 3, H, W), 0 to 1."""
-        self._trackers.call("write_images", title, make_grid(images[:64], nrow=8, pad_value=1.0))
+        self._trackers.call("write_images", title, make_grid(images[:64], nrow=8, pad_value=1.0), epoch)
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
         """Shows the distribution of each weight's values."""
@@ -164,8 +165,8 @@ class Tracker:
     def write(self, metrics: dict[str, Any]) -> None:
         """One epoch: finite numbers by name, and "epoch", how many are done."""
 
-    def write_images(self, title: str, image: Tensor) -> None:
-        """One picture (3, H, W), 0 to 1, before the first epoch."""
+    def write_images(self, title: str, image: Tensor, epoch: int) -> None:
+        """One picture (3, H, W), 0 to 1, after so many epochs."""
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
         """The values of some weights."""
@@ -190,8 +191,8 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, metrics["epoch"])
         self._writer.flush()
 
-    def write_images(self, title: str, image: Tensor) -> None:
-        self._writer.add_image(title, image, 0)  # filed under epoch 0, which no run trains again
+    def write_images(self, title: str, image: Tensor, epoch: int) -> None:
+        self._writer.add_image(title, image, epoch)
 
     def write_histograms(self, title: str, weights: dict[str, Tensor], epoch: int) -> None:
         for name, weight in weights.items():
@@ -244,10 +245,10 @@ class WandB(Tracker):
     def write(self, metrics: dict[str, Any]) -> None:
         self._run.log(_scalars(metrics), step=metrics["epoch"])
 
-    def write_images(self, title: str, image: Tensor) -> None:
+    def write_images(self, title: str, image: Tensor, epoch: int) -> None:
         import wandb
 
-        self._run.log({title: wandb.Image(image.permute(1, 2, 0).numpy())}, step=0)
+        self._run.log({title: wandb.Image(image.permute(1, 2, 0).numpy())}, step=epoch)
 
     def write_result(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -279,12 +280,17 @@ class MLflow(Tracker):
 
     def write(self, metrics: dict[str, Any]) -> None:
         for name, value in _scalars(metrics).items():
-            self._client.log_metric(self._id, name, value, step=metrics["epoch"])
+            self._client.log_metric(self._id, _mlflow_name(name), value, step=metrics["epoch"])
 
     def write_result(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._client.log_metric(self._id, f"final/{name}", value)
         self._client.set_terminated(self._id)
+
+
+def _mlflow_name(name: str) -> str:
+    """With the characters that MLflow takes in a name."""
+    return re.sub(r"[^\w\-. /]", "_", name)
 
 
 TRACKERS: dict[str, Callable[[Path, int, str, dict[str, Any]], Tracker]] = {

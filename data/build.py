@@ -60,7 +60,7 @@ def build_sources(config, world: World, train: bool = True, val: bool = True) ->
     else:
         splits = _splits(config, world, train, val)
     sources = Sources(splits.get(True) if train else None, splits.get(False) if val else None)
-    _check_same_data(config, sources, world)
+    check_same_data(config, sources, world)
     for source in sources:
         if source:
             source.decode_with(build_decoder(config))
@@ -87,7 +87,7 @@ def build_split(config, world: World, split: str) -> Source:
         sources = build_sources(config, world, train=split == "train", val=split == "val")
         return sources.train or sources.val
     source = _own_split(config, world, split)
-    _check_same_data(config, Sources(*((source, None) if split == "train" else (None, source))), world)
+    check_same_data(config, Sources(*((source, None) if split == "train" else (None, source))), world)
     source.decode_with(build_decoder(config))
     return select(source, config.DATA.CLASSES, config.DATA.IMAGES_PER_CLASS if split == "train" else 0, config.SEED)
 
@@ -127,7 +127,7 @@ def build_class_folders(config, world: World) -> Source:
     """
     root = _root(config)
     source = _class_folders(next((root / name for name in VALIDATION if (root / name).is_dir()), root), world)
-    _check_same_data(config, Sources(None, source), world)
+    check_same_data(config, Sources(None, source), world)
     source.decode_with(build_decoder(config))
     return source
 
@@ -137,7 +137,7 @@ def _class_folders(folder: Path, world: World) -> FolderSource:
         return FolderSource(folder)
 
 
-def _check_same_data(config, sources: Sources, world: World) -> None:
+def check_same_data(config, sources: Sources, world: World) -> None:
     """Raises a DataError on all processes if one has other samples than the main process: machines may have copies of
     the data of which one is not complete, and each process takes its share of what it believes is there."""
     if not world.distributed:
@@ -157,13 +157,14 @@ def _check_same_data(config, sources: Sources, world: World) -> None:
 
 
 def source_digest(source: Source, path: str) -> str:
-    """Of the classes, all labels and a thousand names: a sample more or less moves those after it. Machines may have
-    the data under another `path`."""
+    """Of the classes, all that is known of the samples and a thousand names: a sample more or less moves those after
+    it. Machines may have the data under another `path`."""
     path = os.path.dirname(path) if os.path.isfile(path) else path  # a table's images are beside it
     some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
     text = "\0".join([*source.classes, *(source.name(int(index)).removeprefix(path) for index in some)])
     sha = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
-    sha.update(np.ascontiguousarray(source.targets).tobytes())
+    for values in source.truth():
+        sha.update(np.ascontiguousarray(values).tobytes())
     return sha.hexdigest()
 
 
@@ -354,11 +355,14 @@ def _dataset(config, source: Source, is_train: bool) -> InMemoryDataset | Classi
     return ClassificationDataset(source, transform, image_size(config), config.SEED, is_train)
 
 
-def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False) -> DataLoader:
+def build_loader(
+    config, dataset: Dataset, sampler: Iterable, world: World, drop_last: bool = False, whole_batches: bool = False
+) -> DataLoader:
     """Batches of DATA.BATCH_SIZE by DATA.NUM_WORKERS processes.
 
     Args:
         sampler: the (epoch, index) of each sample, in order.
+        whole_batches: the sampler gives a key for each batch, for which the data set gives the batch.
     """
     in_memory = isinstance(dataset, InMemoryDataset)
     workers = 0 if in_memory else config.DATA.NUM_WORKERS  # a batch takes less than its way between two processes
@@ -366,11 +370,11 @@ def build_loader(config, dataset: Dataset, sampler: Iterable, world: World, drop
         workers = min(8, _cores())
     return DataLoader(
         dataset,
-        batch_size=config.DATA.BATCH_SIZE,
+        batch_size=None if whole_batches else config.DATA.BATCH_SIZE,
         sampler=sampler,
         drop_last=drop_last,
         num_workers=workers,
-        collate_fn=collated if in_memory else None,
+        collate_fn=collated if in_memory or whole_batches else None,
         pin_memory=config.DATA.PIN_MEMORY and world.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=ignore_signals,

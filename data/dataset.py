@@ -104,7 +104,7 @@ class ClassificationDataset(SourceDataset):
             raise DataError(
                 f"{self.source.name(index)} and the {len(candidates) - 1} files after it cannot be read as images"
             )
-        with _random_state_kept():
+        with random_state_kept():
             seed_all(self.seed, *key, cuda=False)
             image = self.transform(image)
         return Sample(image, self._target(chosen), index, chosen == index)
@@ -123,7 +123,7 @@ class ClassificationDataset(SourceDataset):
             return None  # `UnreadableFiles` counts and names it, from Sample.readable
 
 
-class _random_state_kept:
+class random_state_kept:
     """Restores the generators of Python, NumPy and PyTorch at the end: without loader processes, samples are
     transformed between training steps, which draw from the same generators."""
 

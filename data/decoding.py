@@ -37,18 +37,21 @@ class Decoder:
     white: float = 65535.0
     turn: bool = False
 
-    def __call__(self, encoded: bytes, name: str) -> Image.Image:
+    def __call__(self, encoded: bytes, name: str, size: tuple[int, int] | None = None) -> Image.Image:
         """
         Args:
             name: for the message.
+            size: the (height, width) that someone has noted for this image, who saw it turned or as stored: it comes as
+                they saw it, see `noted_turned`. None: `turn` decides.
 
         Raises:
-            UnreadableImage: it is no image, or a damaged or too large one, or its range of values has to be named.
+            UnreadableImage: it is no image, or a damaged or too large one, or its range of values has to be named, or
+                it cannot be the image of that size.
         """
         try:
             with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
                 halved = ";16" in str(image.tile)  # of colours with 16 bits, Pillow keeps the upper 8
-                if self.turn:
+                if self.turn if size is None else noted_turned(image, size):
                     image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip to 8 bits
                     return Image.fromarray(self._scaled(np.asarray(image), image.mode)).convert("RGB")
@@ -86,6 +89,56 @@ class Decoder:
             return (values.astype(np.uint16) >> 8).astype(np.uint8)
         scaled = (values.astype(np.float64) - black) * (255 / (white - black))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+
+
+# EXIF orientations that swap height and width
+_SWAP_SIDES = range(5, 9)
+
+
+def noted_turned(image: Image.Image, size: tuple[int, int]) -> bool:
+    """Whether an image is to be turned as its EXIF orientation says, if someone has noted `size`, its (height, width).
+
+    The size decides. Where it cannot (square images, upside-down ones), the image is turned, as programs show it.
+
+    Raises:
+        ValueError: neither way has the image this size, or the same proportions within a pixel.
+    """
+    stored = image.height, image.width
+    orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = stored[::-1] if orientation in _SWAP_SIDES else stored
+    for fits in (tuple.__eq__, _same_shape):
+        if fits(turned, size):
+            return orientation != 1
+        if fits(stored, size):
+            return False
+    raise ValueError(f"it has {stored[1]} x {stored[0]} pixels, but its annotation says {size[1]} x {size[0]}")
+
+
+def _same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one is the other scaled, with sides rounded to pixels."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= max(sum(size), sum(other))
+
+
+def shown_size(path: str, noted: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width of an image file as programs show it, turned as its EXIF orientation says. No pixels are
+    decoded.
+
+    Args:
+        noted: what someone has noted as its size; that is returned if it is one that `Decoder` takes for this image.
+
+    Raises:
+        UnreadableImage: it is no image.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            with contextlib.suppress(ValueError):
+                if noted is not None:
+                    noted_turned(image, noted)
+                    return noted
+            swap = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in _SWAP_SIDES
+            return (image.width, image.height) if swap else (image.height, image.width)
+    except Exception as error:  # as above
+        raise UnreadableImage(f"{path}: {error}") from error
 
 
 def build_decoder(config) -> Decoder:

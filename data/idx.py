@@ -122,23 +122,23 @@ def _find_or_download(config, splits: list[bool]) -> dict[str, Path]:
     raw = root / name / "raw"  # torchvision's layout
     wanted = [file for is_train in splits for file in _file_names(config, is_train)]
     for folder in (root, raw):
-        if len(found := _find(folder, wanted)) == len(wanted):
+        if len(found := find_idx(folder, wanted)) == len(wanted):
             return found
     by_hand = f"put {', '.join(wanted)}, each with .gz or without, into {_show(root)} yourself"
     if name == "FashionMNIST":
         by_hand += f"; Debian's package dataset-fashion-mnist has them in {DEBIAN_FASHION_MNIST}"
     # In torchvision's own folder it would be a download that was interrupted, which goes on below.
-    some = _find(root, [file for is_train in (True, False) for file in _file_names(config, is_train)])
+    some = find_idx(root, [file for is_train in (True, False) for file in _file_names(config, is_train)])
     if some:
-        missing = [file for file in wanted if file not in _find(root, wanted)]
+        missing = [file for file in wanted if file not in find_idx(root, wanted)]
         raise DataError(f"{_show(root)}: has {shorten(list(some))}, but lacks {shorten(missing)}; {by_hand}")
     # EMNIST's files are looked for split by split before a download, so the split to ask for is one that lacks some.
-    is_train = splits[0] if len(_find(raw, _file_names(config, splits[0]))) < 2 else splits[-1]
+    is_train = splits[0] if len(find_idx(raw, _file_names(config, splits[0]))) < 2 else splits[-1]
     options = {"split": config.DATA.EMNIST_SPLIT} if name == "EMNIST" else {}
     found, reason = {}, f"torchvision takes {_show(root / name / 'processed')} for the data; move that folder away"
     try:
         getattr(datasets, name)(str(root), train=is_train, download=True, **options)
-        found = _find(raw, wanted)
+        found = find_idx(raw, wanted)
     except Exception as error:  # no network, no permission, no space; whatever reading an old version's files raises
         reason = " ".join(str(error).split())[:1000]
     if len(found) < len(wanted):
@@ -157,8 +157,8 @@ def _file_names(config, is_train: bool) -> tuple[str, str]:
     return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
 
 
-def _find(folder: Path, names: list[str] | tuple[str, ...]) -> dict[str, Path]:
-    """The files that are there, by their names without .gz."""
+def find_idx(folder: Path, names: list[str] | tuple[str, ...]) -> dict[str, Path]:
+    """The IDX files that are in a folder, by their names without .gz."""
     paths = {name: (folder / name, folder / f"{name}.gz") for name in names}
     there = {name: [path for path in both if os.path.isfile(path)] for name, both in paths.items()}
     return {name: found[0] for name, found in there.items() if found}

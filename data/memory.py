@@ -90,5 +90,5 @@ def resize(images: np.ndarray, size: tuple[int, int], interpolation: str) -> Ten
 
 
 def collated(batch: Sample) -> Sample:
-    """What `InMemoryDataset` gives is a batch already."""
+    """The batch itself: what `InMemoryDataset`, and any data set of whole batches, gives is one already."""
     return batch

@@ -55,6 +55,10 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Where to find sample `index`: its path, in printable characters."""
 
+    def truth(self) -> tuple[np.ndarray, ...]:
+        """What is known of all samples, to compare copies of the data."""
+        return (self.targets,)
+
     def images(self) -> np.ndarray:
         """All images, (N, H, W) grey or (N, H, W, 3) RGB, uint8. Only if `in_memory`."""
         raise NotImplementedError
@@ -257,13 +261,21 @@ def read_file(path: str) -> bytes:
         return file.read()
 
 
-def describe_counts(source: Source, most: int = 10) -> str:
-    """How many samples of each class there are, for people; of more than `most` classes the smallest and largest."""
-    counts = np.bincount(source.targets, minlength=len(source.classes))
+def describe_counts(source: Source) -> str:
+    """How many samples of each class there are, for people."""
+    return list_counts(source.classes, np.bincount(source.targets, minlength=len(source.classes)))
+
+
+def list_counts(classes: Sequence[str], counts: np.ndarray, most: int = 10) -> str:
+    """How often there is each class, for people; of more than `most` classes the smallest and largest.
+
+    Args:
+        counts: (classes,).
+    """
     order = np.argsort(counts, kind="stable")
 
     def listed(labels: Iterable[int]) -> str:
-        return ", ".join(f"{printable(source.classes[label][:200])} {counts[label]}" for label in labels)
+        return ", ".join(f"{printable(classes[label][:200])} {counts[label]}" for label in labels)
 
     if len(counts) <= most:
         return listed(range(len(counts)))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -51,8 +52,8 @@ class Control:
     save_due: Callable[[int], bool] = lambda step: False
     # Writes one; called by all processes.
     save: Callable[[], None] = lambda: None
-    # Is shown the first batch of a run as the model gets it, (N, 3, H, W).
-    show: Callable[[Tensor], None] = lambda images: None
+    # Is shown the first batch of a run as the model gets it: images (N, 3, H, W) and targets.
+    show: Callable[[Tensor, Any], None] = lambda images, targets: None
 
     @property
     def stop_requested(self) -> bool:

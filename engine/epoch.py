@@ -5,26 +5,24 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from logging import Logger
+from typing import Any
 
 import torch
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data import Sample, build_batch_transform
 from data.loading import LoadingFailed, UnreadableFiles, iterate, next_batch
 from engine.control import Control, Point
-from engine.distill import Distillation
 from engine.evaluate import autocast
 from engine.finite import FiniteGuard, Step
-from engine.loss import build_criterion
 from engine.state import TrainingState
+from engine.task import Task
 from models import train_mode
 from optimizer import learning_rate
 from runtime.distributed import World, all_reduce_sum, sum_on_host
@@ -52,15 +50,18 @@ class Training:
     """
 
     config: CfgNode
+    task: Task
     state: TrainingState
     model: nn.Module
-    loader: DataLoader
     scheduler: Scheduler
-    mixup: Mixup | None
     world: World
     logger: Logger
     control: Control
-    distillation: Distillation | None = None
+
+    @property
+    def loader(self) -> DataLoader:
+        """The task's, for training."""
+        return self.task.train_loader
 
     @cached_property
     def accumulation(self) -> int:
@@ -71,11 +72,6 @@ class Training:
     def steps(self) -> int:
         """Optimizer steps per epoch."""
         return steps_per_epoch(self.loader, self.accumulation)
-
-    @cached_property
-    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss, see `build_criterion`."""
-        return build_criterion(self.config, lambda: self.loader.dataset.source, bool(self.mixup), self.world.device)
 
     def passes(self, step: int) -> int:
         """Passes of step number `step` of an epoch."""
@@ -93,7 +89,7 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         train_loss (mean over all processes and the steps that were not skipped), lr (of the last step),
         images_per_second (all processes), data_wait (0 to 1: the share of this call's time in which this process waited
         for its loader; on a GPU the host runs ahead, so the device waited less), memory_mb (peak), seconds,
-        skipped_steps, unreadable_train (images of all processes).
+        skipped_steps, unreadable_train (images of all processes); and train_NAME of each part of the loss.
 
     Raises:
         Stopped: a process got a signal; the state is between two steps.
@@ -101,32 +97,27 @@ def train_one_epoch(run: Training) -> dict[str, float]:
         NonFiniteError: too many steps in a row had a loss or gradient that is not finite.
         UserError: BatchNorm gets a single value per channel.
     """
-    config, state, world, control = run.config, run.state, run.world, run.control
+    config, task, state, world, control = run.config, run.task, run.state, run.world, run.control
     train_mode(run.model)
-    transform = build_batch_transform(config, run.mixup, world.device)
     guard, meter = FiniteGuard(config, state, run.logger), Meter(run)
     unreadable = UnreadableFiles(run.loader, config.DATA.MAX_UNREADABLE, run.logger, state.progress.unreadable)
 
     for i, batch in agreed_batches(run, guard, meter, unreadable):
         control.at_batch(state.epoch, i, Point.FORWARD)
         seed_all(config.SEED, state.epoch, i, world.rank)
-        images, targets = (x.to(world.device, non_blocking=True) for x in (batch.image, batch.target))
-        images, targets = transform(images, targets)
+        images, targets = task.on_device(batch)
         if state.epoch == i == 0:
-            control.show(images)
+            control.show(images, targets)
 
         number, passes_done = divmod(i, run.accumulation)
         is_last = passes_done == run.passes(number) - 1
         # Gradients of all processes are averaged once per step, in its last backward pass.
         with contextlib.nullcontext() if is_last or not world.distributed else run.model.no_sync():
             with autocast(world.device, state.amp), single_values_named(config):
-                output = run.model(images)
-                if run.distillation:
-                    loss = run.distillation(run.criterion, output, images, targets, batch)
-                else:
-                    loss = run.criterion(output, targets)
+                loss, parts = task.loss(run.model, images, targets, batch)
             control.at_batch(state.epoch, i, Point.BACKWARD)
             guard.backward(loss, run.passes(number), batch.index)
+        meter.note(parts)
         if not is_last:
             continue
 
@@ -161,7 +152,7 @@ def single_values_named(config: CfgNode) -> Iterator[None]:
 
 def agreed_batches(
     run: Training, guard: FiniteGuard, meter: "Meter", unreadable: UnreadableFiles
-) -> Iterator[tuple[int, Sample]]:
+) -> Iterator[tuple[int, Any]]:
     """The rest of the epoch's batches with their numbers. Before each, the processes agree, on the host, whether one of
     them must stop, has failed to load, or whether a checkpoint is due, which is then written.
 
@@ -215,7 +206,7 @@ def finish_epoch(run: Training, meter: "Meter", unreadable: UnreadableFiles) -> 
     (unreadable_files,) = sum_on_host([unreadable.count], world)
     if unreadable.too_many(unreadable_files):
         raise LoadingFailed(unreadable.error(unreadable_files))
-    total, passes = all_reduce_sum(progress.losses.clone(), world).tolist()
+    total, passes, *parts = all_reduce_sum(progress.losses.clone(), world).tolist()
     return {
         "train_loss": total / passes if passes else math.nan,
         "lr": learning_rate(state.optimizer),
@@ -225,6 +216,7 @@ def finish_epoch(run: Training, meter: "Meter", unreadable: UnreadableFiles) -> 
         "seconds": progress.seconds,
         "skipped_steps": progress.skipped,
         "unreadable_train": unreadable_files,
+        **{f"train_{n}": v / passes if passes else math.nan for n, v in zip(progress.parts, parts, strict=True)},
     }
 
 
@@ -242,6 +234,7 @@ class Meter:
         if run.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.waited = 0.0
+        self._parts: list[dict[str, Tensor]] = []  # of the loss, in the passes of the step
         self.seconds_before, self._started = progress.seconds, time.perf_counter()
         self._printed, self._printed_step = self._started, progress.step
 
@@ -262,11 +255,21 @@ class Meter:
         yield
         self.waited += time.perf_counter() - asked
 
+    def note(self, parts: dict[str, Tensor]) -> None:
+        """Remembers the parts of a pass's loss until `add`."""
+        self._parts.append({name: part.detach() for name, part in parts.items()})
+
     def add(self, step: Step) -> None:
         """Adds the losses of a step, unless it was skipped, without waiting for the device."""
-        losses = self.run.state.progress.losses
-        sums = torch.stack([torch.stack(step.losses).double().sum(), torch.full_like(losses[1], len(step.losses))])
-        self.run.state.progress.losses = losses + sums.masked_fill(~step.finite, 0)
+        progress, (parts, self._parts) = self.run.state.progress, (self._parts, [])
+        if set(progress.parts) != set(parts[0]):  # the epoch's first step
+            progress.parts = list(parts[0])
+            progress.losses = torch.cat([progress.losses[:2], progress.losses.new_zeros(len(parts[0]))])
+        losses = progress.losses
+        lists = [step.losses, *([found[name] for found in parts] for name in progress.parts)]
+        total, *others = (torch.stack(values).double().sum() for values in lists)
+        sums = torch.stack([total, torch.full_like(losses[1], len(step.losses)), *others])
+        progress.losses = losses + sums.masked_fill(~step.finite, 0)
 
     def log(self, step: Step) -> None:
         """A line about the steps since the last one."""
@@ -277,7 +280,7 @@ class Meter:
         batches = min(done * run.accumulation, len(run.loader)) - self._printed_step * run.accumulation
         self._printed, self._printed_step = now, done
         eta = ((config.TRAIN.EPOCHS - epoch) * run.steps - done) * seconds / steps
-        total, passes = run.state.progress.losses.tolist()
+        total, passes = run.state.progress.losses[:2].tolist()
         mean = total / passes if passes else math.nan
         speed = config.DATA.BATCH_SIZE * batches * run.world.size / seconds
         run.logger.info(

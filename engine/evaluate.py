@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import Logger
 from pathlib import Path
@@ -94,30 +94,12 @@ def evaluate(
         And which images top1 counts: (images,) uint8 on the device, 1 or 0, in the order of the data set.
 
     Raises:
-        Stopped: a process got a signal.
-        LoadingFailed: a process could not load a batch, or too many files are unreadable.
+        Stopped, LoadingFailed: see `each_batch`.
     """
     model.eval()
-    control = control or Control()
     score = score or Score(config, model, len(loader.dataset), world)
-    unreadable = UnreadableFiles(loader, config.DATA.MAX_UNREADABLE, logger)
-    started, failure = time.perf_counter(), None
-    batches = iterate(loader, "evaluation", world)
-    for i in range(len(loader)):
-        control.at_evaluation(epoch, turn, i)
-        batch, failure = next_batch(batches)
-        if failure is not None or control.stop_requested:
-            break
-        unreadable.note(batch)
-        score.add(batch)
-    control.after_evaluation(epoch, turn)
-    stop, failures, unreadable_files = sum_on_host(
-        [control.stop_requested, failure is not None, unreadable.count], world
-    )
-    if failures or unreadable.too_many(unreadable_files):
-        raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
-    if stop:
-        raise Stopped
+    started = time.perf_counter()
+    unreadable_files = each_batch(config, loader, score.add, world, logger, control or Control(), epoch, turn)
     images, readable, loss, top1, top5 = all_reduce_sum(score.totals, world).tolist()
     correct = all_reduce_sum(score.correct, world)  # each image is one process's
     seconds = time.perf_counter() - started
@@ -131,6 +113,49 @@ def evaluate(
         "val_images_per_second": images / seconds,
     }
     return metrics, correct
+
+
+def each_batch(
+    config,
+    loader: DataLoader,
+    add: Callable[[Any], None],
+    world: World,
+    logger: Logger,
+    control: Control,
+    epoch: int,
+    turn: int,
+) -> int:
+    """Calls `add` with each batch of an evaluation that this process has. All processes come back together.
+
+    Args:
+        epoch, turn: see `evaluate`.
+
+    Returns:
+        Files of all processes that are unreadable.
+
+    Raises:
+        Stopped: a process got a signal.
+        LoadingFailed: a process could not load a batch, or too many files are unreadable.
+    """
+    failure = None
+    unreadable = UnreadableFiles(loader, config.DATA.MAX_UNREADABLE, logger)
+    batches = iterate(loader, "evaluation", world)
+    for i in range(len(loader)):
+        control.at_evaluation(epoch, turn, i)
+        batch, failure = next_batch(batches)
+        if failure is not None or control.stop_requested:
+            break
+        unreadable.note(batch)
+        add(batch)
+    control.after_evaluation(epoch, turn)
+    stop, failures, unreadable_files = sum_on_host(
+        [control.stop_requested, failure is not None, unreadable.count], world
+    )
+    if failures or unreadable.too_many(unreadable_files):
+        raise LoadingFailed(failure or unreadable.error(unreadable_files, failures))
+    if stop:
+        raise Stopped
+    return unreadable_files
 
 
 class Score:

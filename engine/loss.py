@@ -12,10 +12,10 @@ from config import ConfigError
 from data.sources import Source
 from utils import UserError, printable, shorten
 
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
-def build_criterion(
-    config, source: Callable[[], Source], soft: bool, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
+
+def build_criterion(config, source: Callable[[], Source], soft: bool, device: torch.device) -> Criterion:
     """The loss of logits (N, classes) and labels (N,), or soft targets (N, classes), as a scalar.
 
     Args:

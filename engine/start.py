@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from config import EMA, find, leaves
-from engine.state import TrainingState, lowest_of, stops_early
+from config import find, leaves
+from engine.state import TrainingState, lowest_of, no_best, stops_early
+from engine.task import TOP1, Metric, Task
 from logger import ALL_RANKS
-from runtime.checkpoint import CheckpointError, load_pretrained, load_weights, other_classes, read_training_state
+from runtime.checkpoint import CheckpointError, load_weights, other_classes, read_training_state
 from runtime.distributed import World, on_main
 from runtime.run_folder import RunFolder
+from runtime.untrusted import METRICS
 from utils import shorten
 
 
@@ -37,12 +39,26 @@ def is_finished(config, start: Start) -> bool:
     return epoch >= config.TRAIN.EPOCHS or early
 
 
-def find_start(config, folder: RunFolder, world: World, logger: Logger) -> Start:
+def find_start(config, folder: RunFolder, world: World, logger: Logger, metric: Metric) -> Start:
     """The checkpoint to go on from, if any.
+
+    Args:
+        metric: the task's; a checkpoint with another one is of another task.
 
     Raises:
         CheckpointError: it cannot be used.
     """
+    start = _find_start(config, folder, world, logger)
+    if start.content and metric.name not in start.content["best"]:
+        theirs = next(name for name in METRICS if name in start.content["best"])
+        raise CheckpointError(
+            f"{start.path}: is of a run that was after {theirs}, not {metric.name}: another task; --pretrained "
+            f"{start.path} with a new --tag starts from its weights"
+        )
+    return start
+
+
+def _find_start(config, folder: RunFolder, world: World, logger: Logger) -> Start:
     content = None
 
     def newest() -> Path | None:
@@ -61,7 +77,7 @@ def find_start(config, folder: RunFolder, world: World, logger: Logger) -> Start
     return Start()
 
 
-def load_start(config, model: nn.Module, start: Start, classes: list[str], logger: Logger) -> None:
+def load_start(config, model: nn.Module, start: Start, task: Task, logger: Logger) -> None:
     """Loads the weights to start from into the model.
 
     Raises:
@@ -69,10 +85,10 @@ def load_start(config, model: nn.Module, start: Start, classes: list[str], logge
     """
     if start.content:
         load_weights(model, start.content, start.path, ema=False, same_size=True)
-        check_resume(config, start.content, start.path, classes)
-        log_resume(config, start.content, start.path, logger)
+        check_resume(config, start.content, start.path, task.classes)
+        log_resume(config, start.content, start.path, logger, task.metric)
     elif config.MODEL.PRETRAINED:
-        load_pretrained(model, config.MODEL.PRETRAINED, logger, classes, EMA[config.MODEL.LOAD_EMA])
+        task.load_pretrained(model, config.MODEL.PRETRAINED, logger)
     elif config.TRAIN.FREEZE != "none" or config.TRAIN.LAYER_DECAY < 1:
         message = "TRAIN.FREEZE or TRAIN.LAYER_DECAY is set, but the weights are random; --pretrained names others"
         logger.warning(message, extra=ALL_RANKS)
@@ -106,9 +122,10 @@ def check_resume(config, content: dict[str, Any], path: Path, classes: list[str]
 
 
 def restore_state(
-    state: TrainingState, start: Start, config, images: int, steps: int, world: World, logger: Logger
+    state: TrainingState, start: Start, config, task: Task, steps: int, world: World, logger: Logger
 ) -> None:
     """Takes over optimizer, position and all else from the checkpoint to start from, if any."""
+    images = len(task.train_loader.dataset)
     if not start.content:
         return
     state.restore_rest(start.content, start.path, config, images, steps, world, logger)
@@ -116,16 +133,17 @@ def restore_state(
         state.run = start.content["run"] or state.run
     else:
         # This run's own best
-        state.best, state.lowest = {"top1": -1.0, "epoch": 0}, {"val_loss": math.inf, "epoch": state.epoch}
+        state.best, state.lowest = no_best(task.metric), {"val_loss": math.inf, "epoch": state.epoch}
     start.content = None  # as large as the model and the optimizer together
 
 
-def log_resume(config, content: dict[str, Any], path: Path, logger: Logger) -> None:
+def log_resume(config, content: dict[str, Any], path: Path, logger: Logger, metric: Metric = TOP1) -> None:
     """What a run goes on from, and what has changed since."""
     step = content["progress"]["step"]
     done = f"{content['epoch']} epochs{f' and {step} steps' if step else ''} done"
-    best = f"best top-1 {content['best']['top1']:.3f} %" if content["best"]["epoch"] else "not evaluated yet"
-    logger.info(f"resumed from {path}: {done}, {best}")
+    best = content["best"]
+    result = f"best {metric.title} {metric.text(best[metric.name])}" if best["epoch"] else "not evaluated yet"
+    logger.info(f"resumed from {path}: {done}, {result}")
     before, now = content["config"], leaves(config)
     # Keys that only newer, or only older, configs have did not change what the run does.
     for key in sorted(set(before) & set(now)):

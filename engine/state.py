@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from config import leaves
+from engine.task import TOP1, Metric
 from logger import ALL_RANKS
 from lr_scheduler import schedule_state
 from optimizer import MOMENTS, ScheduleFreeAverage, expected_state, load_optimizer_state
@@ -28,8 +29,8 @@ def training_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
-def _zeros() -> Tensor:
-    return torch.zeros(2, dtype=torch.float64)
+def _zeros(parts: int = 0) -> Tensor:
+    return torch.zeros(2 + parts, dtype=torch.float64)
 
 
 @dataclass
@@ -41,17 +42,24 @@ class Progress:
     skipped: int = 0  # of the steps, because they were not finite
     skipped_in_row: int = 0
     seconds: float = 0.0
+    parts: list[str] = field(default_factory=list)  # names of the losses that the loss is the sum of, if any
     # Of this process only:
-    losses: Tensor = field(default_factory=_zeros)  # float64: sum over the passes of steps not skipped, their number
+    # (2 + parts,) float64: sum of the loss over the passes of steps not skipped, their number, and sums of the parts
+    losses: Tensor = field(default_factory=_zeros)
     unreadable: int = 0  # images
 
 
-def is_better(metrics: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Whether an epoch is better than the best one so far: a higher top-1, or the same and a lower loss."""
-    if metrics["top1"] != best["top1"]:
-        return metrics["top1"] > best["top1"]
+def is_better(metrics: dict[str, Any], best: dict[str, Any], metric: Metric = TOP1) -> bool:
+    """Whether an epoch is better than the best one so far: a higher `metric`, or the same and a lower loss."""
+    if metrics[metric.name] != best[metric.name]:
+        return metrics[metric.name] > best[metric.name]
     before = best.get("val_loss", math.inf)
-    return metrics["val_loss"] < (math.inf if math.isnan(before) else before)
+    return metrics.get("val_loss", math.nan) < (math.inf if math.isnan(before) else before)
+
+
+def no_best(metric: Metric) -> dict[str, Any]:
+    """`TrainingState.best` before the first evaluation."""
+    return {metric.name: -1.0, "epoch": 0}
 
 
 def lowest_of(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +90,8 @@ class TrainingState:
         ema: moving average of the model's weights and statistics, if any; a schedule-free optimizer's average.
         run: identifies the run that writes the checkpoints, over restarts.
         epoch: epochs done, which is the number of the current one, from 0.
-        best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss.
+        best: {"top1": percent, "epoch": after which, "val_loss": then}; older checkpoints have no loss. Another task
+            has its metric in place of top1, and perhaps no loss.
         lowest: {"val_loss": the lowest, "epoch": after which}.
         scheduler: if it has a state to go on from.
     """
@@ -96,7 +105,7 @@ class TrainingState:
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Any] = field(default_factory=lambda: {"top1": -1.0, "epoch": 0})
+    best: dict[str, Any] = field(default_factory=lambda: no_best(TOP1))
     lowest: dict[str, Any] = field(default_factory=lambda: {"val_loss": math.inf, "epoch": 0})
     scheduler: Scheduler | None = None
 
@@ -135,8 +144,9 @@ class TrainingState:
                 "skipped": progress.skipped,
                 "skipped_in_row": progress.skipped_in_row,
                 "seconds": progress.seconds,
-                "losses": ranks[:, :2],  # (processes, 2)
-                "unreadable": ranks[:, 2].long(),  # (processes,)
+                "parts": list(progress.parts),
+                "losses": ranks[:, :-1],  # (processes, 2 + parts)
+                "unreadable": ranks[:, -1].long(),  # (processes,)
                 "buffers": buffers,  # (processes, elements)
             },
             "best": dict(self.best),
@@ -201,7 +211,10 @@ class TrainingState:
     def _restore_progress(self, content: dict[str, Any], path: Path, processes: int, world: World) -> None:
         """All but the number of steps, which depends on the batch size."""
         saved = content["progress"]
+        parts = list(saved.get("parts", []))  # older checkpoints have none
         progress = self.progress = Progress(
+            parts=parts,
+            losses=_zeros(len(parts)),
             trained=saved["trained"],
             skipped=saved["skipped"],
             skipped_in_row=saved["skipped_in_row"],

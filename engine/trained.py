@@ -83,13 +83,16 @@ class Trained:
         return source
 
 
-def load_trained(args: argparse.Namespace) -> Trained:
+def load_trained(args: argparse.Namespace, content: Mapping[str, Any] | None = None) -> Trained:
     """The model that the parsed options of `config.add_checkpoint_arguments` name.
+
+    Args:
+        content: of the checkpoint, if it has been read.
 
     Raises:
         UserError: the checkpoint or the config cannot be used, or they do not fit each other.
     """
-    content = read_checkpoint(args.checkpoint)
+    content = read_checkpoint(args.checkpoint) if content is None else content
     config = with_classes_of(
         read_config(content, args.checkpoint, args.cfg, args.opts), content, args.checkpoint, args.ema
     )
@@ -97,10 +100,7 @@ def load_trained(args: argparse.Namespace) -> Trained:
     loaded = load_weights(model, content, args.checkpoint, ema=args.ema)
     for note in (f"weights from {args.checkpoint}: {loaded.taken}", *loaded.notes(model)):
         print(f"note: {note}", file=sys.stderr)
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        raise UserError("--device is cuda, but PyTorch finds no CUDA device; accepted here: auto, cpu")
-    device = torch.device("cuda" if args.device != "cpu" and has_cuda else "cpu")
+    device = find_device(args.device)
     known = class_names(content, args.checkpoint, args.classes, config.MODEL.NUM_CLASSES)
     return Trained(
         model.to(device).eval(),
@@ -112,6 +112,14 @@ def load_trained(args: argparse.Namespace) -> Trained:
         build_transform(config, is_train=False),
         build_normalize(config, device),
     )
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device that --device names. Raises UserError if there is none."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise UserError("--device is cuda, but PyTorch finds no CUDA device; accepted here: auto, cpu")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
 
 
 def read_config(content: Mapping, path: Path, cfg: str | None, opts: Sequence[str]) -> CfgNode:

@@ -251,9 +251,15 @@ class Backbone(nn.Module):
 
 
 def token_mixing_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that mix tokens along rows and columns, by the layer's name; none for timm's own models."""
-    layers = model.map_sized() if isinstance(model, Backbone) else []
-    return {name: layer.weight for name, layer, _ in layers if "weight" in layer.map_axes}
+    """The weights that mix tokens along rows and columns, by the layer's name, also of a backbone in the model. timm's
+    own models have none."""
+    backbones = {name: module for name, module in model.named_modules() if isinstance(module, Backbone)}
+    return {
+        f"{prefix}.{name}".removeprefix("."): layer.weight
+        for prefix, backbone in backbones.items()
+        for name, layer, _ in backbone.map_sized()
+        if "weight" in layer.map_axes
+    }
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:

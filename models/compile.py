@@ -16,10 +16,12 @@ def compile_model(model: nn.Module, unit: str, **options) -> None:
     """Compiles the forward pass, in place; parameters keep their names.
 
     Args:
+        model: if it has a `compiled_part`, that alone is compiled.
         unit: "model": one graph of all of it. "blocks": a graph of each kind of `repeated_blocks`, all else as it is,
             which takes less time to compile. The model, if it has none.
         **options: of torch.compile.
     """
+    model = getattr(model, "compiled_part", model)
     blocks = list(repeated_blocks(model)) if unit == "blocks" else []
     if not blocks:
         model.compile(**options)

@@ -3,7 +3,8 @@ pixels.
 
 The layers are unchanged; depths and widths are ours. Networks with stages begin with tokens of 2 x 2 pixels and
 have four stages. Those without have 64 tokens of 4 x 4 pixels. They have about the same number of parameters, but not
-of multiply-adds: `tools/complexity.py` counts both.
+of multiply-adds: `tools/complexity.py` counts both. Two also come with stages at strides of 4 to 32 pixels, as
+detectors of larger images use them (configs/detection).
 """
 
 from timm.layers import GatedMlp
@@ -42,6 +43,8 @@ default_cfgs = generate_default_cfgs(
         "small_vip": _cfg(classifier="head.fc"),
         "small_hire_mlp": _cfg(classifier="head.fc", fixed_input_size=False),
         "small_wave_mlp": _cfg(classifier="head.fc", fixed_input_size=False),
+        "small_resnet_stride4": _cfg(classifier="fc", fixed_input_size=False),
+        "small_sparse_mlp_stride4": _cfg(classifier="head.fc"),
     }
 )
 
@@ -154,3 +157,18 @@ def small_wave_mlp(pretrained: bool = False, **kwargs) -> WaveMLP:
     """Wave-MLP (arXiv:2111.12294)."""
     arguments = {"patch_size": 2, "widths": (20, 40, 80, 144), "depths": (1, 2, 2, 1)}
     return create(WaveMLP, "small_wave_mlp", pretrained, arguments, kwargs)
+
+
+@register_model
+def small_resnet_stride4(pretrained: bool = False, **kwargs) -> ResNet:
+    """`small_resnet` with timm's max-pooling: stages at strides 4 to 32."""
+    arguments = {"layers": (1, 1, 1, 1), "channels": (24, 48, 96, 192), "stem_type": "deep", "stem_width": 16}
+    arguments = {"block": BasicBlock, **arguments, **kwargs}
+    return build_model_with_cfg(ResNet, "small_resnet_stride4", pretrained, **arguments)
+
+
+@register_model
+def small_sparse_mlp_stride4(pretrained: bool = False, **kwargs) -> SparseMLP:
+    """`small_sparse_mlp` with tokens of 4 x 4 pixels: stages at strides 4 to 32."""
+    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": (1, 2, 3, 1)}
+    return create(SparseMLP, "small_sparse_mlp_stride4", pretrained, arguments, kwargs)

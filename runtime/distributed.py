@@ -234,10 +234,11 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
         model,
         device_ids=None if on_cpu else [world.device],
         gradient_as_bucket_view=True,
-        # All parameters are used. But while it looks for unused ones, it does not rearrange its buckets after the first
-        # step. From three processes on, the place in a bucket decides the order in which gradients are summed, so that
-        # a resumed run would differ in the last bit. On GPUs sums are not reproducible anyway: save the time.
-        find_unused_parameters=on_cpu,
+        # All parameters are used, unless the model says otherwise. But while it looks for unused ones, it does not
+        # rearrange its buckets after the first step. From three processes on, the place in a bucket decides the order
+        # in which gradients are summed, so that a resumed run would differ in the last bit. On GPUs sums are not
+        # reproducible anyway: save the time.
+        find_unused_parameters=on_cpu or getattr(model, "has_unused_parameters", False),
         **no_broadcast,
     )
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")

@@ -44,6 +44,8 @@ REFUSED = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
 LARGEST = 2**63
 _NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool)
 _NUMBERS += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# What tasks call the accuracy that decides on the best epoch.
+METRICS = ("top1", "AP")
 # Bytes per element, by the names of storages in a pickle.
 _ITEM_BYTES = {
     f"{kind}Storage": size
@@ -352,7 +354,9 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
 
     require(whole(content.get("epoch")), "epoch is not a whole number of epochs done")
     best, config, progress = section("best"), section("config"), section("progress")
-    require(number(best.get("top1"), -1) and whole(best.get("epoch")), "best is not an accuracy and an epoch")
+    accuracies = [best[name] for name in METRICS if name in best]
+    good = len(accuracies) == 1 and number(accuracies[0], -1) and whole(best.get("epoch"))
+    require(good, "best is not an accuracy and an epoch")
     # Not finite after a bad epoch; older files have none
     require(isinstance(best.get("val_loss", 0.0), float), "best has a val_loss that is no number")
     if "lowest" in content:  # older files have none
@@ -388,8 +392,10 @@ def check_training_state(content: Mapping, path: str | Path) -> None:
     require(number(progress.get("seconds")), "progress has no seconds")
     require(isinstance(progress.get("trained"), bool), "progress does not say whether the epoch is trained")
     processes = content["processes"] or 1
+    parts = progress.get("parts", [])  # older files have none
+    require(isinstance(parts, list) and all(isinstance(name, str) for name in parts), "progress has no names of losses")
     arrays = {
-        "losses": ((processes, 2), torch.float64),
+        "losses": ((processes, 2 + len(parts)), torch.float64),
         "unreadable": ((processes,), torch.int64),
         "buffers": ((processes, -1), torch.float64),
     }

@@ -16,6 +16,11 @@ def above(low: float, kind: type = float) -> Callable[[str], Any]:
     return _accept(kind, lambda value: value > low, f"above {low}")
 
 
+def within(low: float, high: float, kind: type = float) -> Callable[[str], Any]:
+    """An argparse type: numbers of that kind from `low` to `high`."""
+    return _accept(kind, lambda value: low <= value <= high, f"from {low} to {high}")
+
+
 def _accept(kind: type, is_allowed: Callable[[Any], bool], limits: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:

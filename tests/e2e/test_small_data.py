@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from engine import epoch
+from engine import classification, epoch
 from tests.helpers import ROOT, TINY, load_tool, read_metrics, run_tool, write_image_folder
 
 CONFIG = ROOT / "configs/strip_mlp_pico_digits.yaml"
@@ -27,7 +27,7 @@ def train(monkeypatch, capsys, tmp_path):
             metrics |= {"val_seconds": 1.0, "val_images_per_second": 360.0}
             return metrics, torch.zeros(360, dtype=torch.uint8)
 
-        monkeypatch.setattr(tool, "evaluate", evaluate)
+        monkeypatch.setattr(classification, "evaluate", evaluate)
         command = ("--cfg", CONFIG, "--output", tmp_path, "--device", "cpu", "--opts", *TINY, *FEW, *opts)
         return run_tool(monkeypatch, capsys, tool, *command), tmp_path / "strip_mlp_pico_digits/default"
 

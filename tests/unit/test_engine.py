@@ -23,6 +23,7 @@ from data.dataset import Sample
 from data.loading import LoadingFailed
 from data.sources import ArraySource
 from engine import epoch
+from engine.classification import Classification
 from engine.control import Control
 from engine.distill import Distillation, Teacher
 from engine.epoch import Training, train_one_epoch
@@ -167,7 +168,8 @@ def train(
     state = state or training_state(config, model, **kwargs)
     schedule = Schedule(state.optimizer, rate)
     log = Log() if log is None else log
-    run = Training(config, state, model, loader, schedule, mixup, world, log, control or Control())
+    task = Classification(config, loader, Loader(), world, mixup)
+    run = Training(config, task, state, model, schedule, world, log, control or Control())
     metrics = train_one_epoch(run)
     return metrics, schedule
 
@@ -329,7 +331,8 @@ def test_the_first_images_of_a_run_are_shown_as_the_model_gets_them():
     shown = []
     for done in (0, 1):
         model = nn.Sequential(nn.Flatten(), linear(72))
-        train(config_with(), model, batches(pixels, [0] * 8), epoch=done, control=Control(show=shown.append))
+        control = Control(show=lambda images, targets: shown.append(images))
+        train(config_with(), model, batches(pixels, [0] * 8), epoch=done, control=control)
     (images,) = shown
     torch.testing.assert_close(denormalize(images), pixels[:4] / 255)
 

@@ -19,7 +19,8 @@ LAYERS = [
     {"data"},
     {"optimizer", "lr_scheduler"},
     {"engine"},
-    {"main", "main_eval", "hubconf"},
+    {"detection"},
+    {"main", "main_eval", "main_detect", "hubconf"},
     {"tools"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -72,7 +73,12 @@ def test_no_circles():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-ENTRY_POINTS = ["main.py", "main_eval.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*.py"))]
+ENTRY_POINTS = [
+    "main.py",
+    "main_eval.py",
+    "main_detect.py",
+    *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tools").glob("*.py")),
+]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_help_does_not_wait_for_pytorch(script):
         ("tools/visualize.py strips best.pth", "matplotlib", "figures"),
         ("tools/ablate.py configs/ablations/digits", "statsmodels", "figures"),
         ("tools/benchmark.py --growth", "matplotlib", "figures"),
-        ("tools/detection_demo.py", "pycocotools", "detection"),
+        ("main_detect.py --cfg a.yaml", "pycocotools", "detection"),
         ("tools/export.py best.pth", "onnxscript", "export"),
         ("tools/robustness.py best.pth --output out", "skimage", "robustness"),
     ],
