@@ -372,7 +372,10 @@ def read_split(config, split: str, categories: Sequence[str] | None = None) -> C
 def _annotation_file(root: Path, split: str) -> tuple[Path, str]:
     """The annotation file of a split, and what the file calls the split."""
     folder = root / "annotations"
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        there = sorted(os.listdir(folder)) if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{_show(folder)}: cannot be listed: {error.strerror}") from error
     for name in SPLITS[split]:
         found = [file for file in there if re.fullmatch(rf"instances_{name}(\d{{4}})?\.json", file)]
         if len(found) > 1:

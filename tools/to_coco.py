@@ -143,10 +143,18 @@ def read_yolo(path: Path) -> tuple[Path, list[str], dict[str, Split]]:
     splits = {}
     for split, keys in SPLITS.items():
         places = next((content[key] for key in keys if content.get(key)), None)
-        if places is not None:
-            splits[split] = Split(root)
-            for image in yolo_images(file, root, split, places):
-                read_yolo_labels(splits[split], image, names)
+        if places is None:
+            continue
+        try:
+            images = list(yolo_images(file, root, split, places))
+        except UserError as error:
+            if split != "test":
+                raise
+            print(f"left out: {error}", file=sys.stderr)  # tools name a test split that they have not made
+            continue
+        splits[split] = Split(root)
+        for image in images:
+            read_yolo_labels(splits[split], image, names)
     return root, names, splits
 
 

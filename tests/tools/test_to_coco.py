@@ -8,7 +8,7 @@ from config import get_default_config
 from detection.coco import read_splits
 from tests.helpers import run_tool
 
-YAML = "train: ../train/images\nval: valid/images\nnames: [cat, no, dog]\n"
+YAML = "train: ../train/images\nval: valid/images\ntest: ../test/images\nnames: [cat, no, dog]\n"
 
 
 def write(path, text):
@@ -49,6 +49,8 @@ def test_yolo(monkeypatch, capsys, tmp_path):
         "1 images have no text file",
     ):
         assert result.out.count(note) == 2
+    assert "left out:" in result.err
+    assert not (root / "annotations/instances_test.json").exists()
     train, val = splits_of(root)
     assert train.classes == ["cat", "no", "dog"]
     assert train.path(0) == str(root / "train/images/a.png")
