@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import load_config
 from detection.models import build_detector, load_backbone
-from models import build_model, freeze
+from models import build_model, compile_model, freeze
 from models.build import ModelError
 from optimizer import param_groups
 from runtime.checkpoint import CheckpointError
@@ -343,3 +343,13 @@ def test_retinanet_of_photographs():
     # RetinaNet's smallest and largest anchors of each map, but for aspect ratios: 32 to 51, ..., 512 to 813
     sizes = detector.network.anchor_generator.sizes
     assert (sizes[0], sizes[-1]) == ((32, 40, 51), (512, 645, 813))
+
+
+@pytest.mark.parametrize(("unit", "compiled"), [("model", ["backbone"]), ("blocks", ["backbone.body.model.stages.2."])])
+def test_backbone_alone_is_compiled(unit, compiled):
+    """Not what depends on how many boxes there are."""
+    detector = small_detector("MODEL.STRIP_MLP.LAYERS", "[1, 1, 2, 1]")
+    compile_model(detector, unit, backend="eager")
+    found = [name for name, module in detector.named_modules() if module._compiled_call_impl is not None]
+    assert all(name.startswith("backbone") for name in found)
+    assert [name for name in compiled if any(each.startswith(name) for each in found)] == compiled
