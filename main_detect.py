@@ -38,14 +38,13 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_first(parse_args, "pycocotools", extra="detection")
 
-from detection.models import build_detector
-
 from data import Sources, with_class_count
 from data.build import check_same_data
 from detection.coco import read_splits
 from detection.dataset import build_eval_loader, build_train_loader
 from detection.evaluate import evaluate_run
 from detection.metrics import to_results
+from detection.models import build_detector
 from detection.task import Detection, check_detection
 from engine.fit import group_timeout, run_training, train_in_folder, with_sync_bn
 from logger import check_trackers, json_numbers
@@ -99,9 +98,8 @@ def evaluate(args: argparse.Namespace, config, notes: list[str]) -> None:
             result["per_class"] = json_numbers(result["per_class"])
             write_json(args.json, "--json", json_numbers(result), indent=2)
         if args.detections:
-            write_json(
-                args.detections, "--detections", to_results(source, list(details.found), [*details.found.values()])
-            )
+            found = to_results(source, details.found.keys(), details.found.values())
+            write_json(args.detections, "--detections", found)
     close_world(world)
 
 
