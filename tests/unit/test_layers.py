@@ -102,7 +102,6 @@ def test_help_does_not_wait_for_pytorch(script):
         ("tools/ablate.py configs/ablations/digits", "statsmodels", "figures"),
         ("tools/benchmark.py --growth", "matplotlib", "figures"),
         ("tools/detection_demo.py", "pycocotools", "detection"),
-        ("main_detect.py --cfg a.yaml", "pycocotools", "detection"),
         ("tools/export.py best.pth", "onnxscript", "export"),
         ("tools/robustness.py best.pth --output out", "skimage", "robustness"),
     ],
