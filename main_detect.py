@@ -96,17 +96,16 @@ def evaluate(args: argparse.Namespace, config, notes: list[str]) -> None:
     if world.is_main:
         if args.json:
             result["per_class"] = json_numbers(result["per_class"])
-            write_json(args.json, "--json", json_numbers(result))
+            write_json(args.json, "--json", json_numbers(result), indent=2)
         if args.detections:
-            write_json(
-                args.detections, "--detections", to_results(source, list(details.found), [*details.found.values()])
-            )
+            found = to_results(source, details.found.keys(), details.found.values())
+            write_json(args.detections, "--detections", found)
     close_world(world)
 
 
-def write_json(path: Path, option: str, content: dict | list) -> None:
+def write_json(path: Path, option: str, content: dict | list, indent: int | None = None) -> None:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from error
 

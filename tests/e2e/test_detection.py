@@ -147,6 +147,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(detect, monkeypatch):
     assert_same_end(folder, folder.with_name("whole"))
 
 
+@pytest.mark.slow
 def test_two_processes(data, tmp_path):
     """Each image is trained by one and evaluated by one; they end with the same weights."""
     command = ("main_detect.py", "--cfg", CONFIG, "--data-path", data, "--output", tmp_path, "--device", "cpu")
@@ -158,6 +159,7 @@ def test_two_processes(data, tmp_path):
     assert result["AP"] == max(first["AP"], second["AP"])
 
 
+@pytest.mark.slow
 def test_a_detector_starts_from_a_classifier_and_from_a_detector(detect, monkeypatch, capsys, tmp_path):
     command = ("--cfg", CONFIG, "--output", tmp_path, "--tag", "classifier", "--device", "cpu", "--opts", *TINY)
     few = ("DATA.IMAGES_PER_CLASS", 7, "DATA.BATCH_SIZE", 64)
