@@ -128,7 +128,8 @@ class CocoSource(FileSource):
         return self._areas[self._of(index)]
 
     def truth(self) -> tuple[np.ndarray, ...]:
-        return self._ids, self._starts, self._labels, self._boxes, self._crowd
+        # Sizes too, which an image file may say: they decide how many batches of each size there are.
+        return self._ids, self._sizes, self._starts, self._labels, self._boxes, self._crowd
 
     def counts(self) -> np.ndarray:
         """(classes,) boxes of each class, crowds left out."""

@@ -26,10 +26,17 @@ def compile_model(model: nn.Module, unit: str, **options) -> None:
     if not blocks:
         model.compile(**options)
         return
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    allow_graphs(MOST_GRAPHS)
     for block in blocks:
         # Stages have maps of different sizes. A graph for any size would be slower.
         block.compile(**{**options, "dynamic": False})
+
+
+def allow_graphs(count: int) -> None:
+    """Lets PyTorch make at least so many graphs of one function."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
+    setattr(config, name, max(getattr(config, name), count))
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
