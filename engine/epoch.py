@@ -263,7 +263,7 @@ class Meter:
         """Adds the losses of a step, unless it was skipped, without waiting for the device."""
         progress, (parts, self._parts) = self.run.state.progress, (self._parts, [])
         if set(progress.parts) != set(parts[0]):  # the epoch's first step
-            progress.parts = list(parts[0])
+            progress.parts = sorted(parts[0])  # sums of all processes are added by position
             progress.losses = torch.cat([progress.losses[:2], progress.losses.new_zeros(len(parts[0]))])
         losses = progress.losses
         lists = [step.losses, *([found[name] for found in parts] for name in progress.parts)]

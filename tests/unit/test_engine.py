@@ -26,9 +26,9 @@ from engine import epoch
 from engine.classification import Classification
 from engine.control import Control
 from engine.distill import Distillation, Teacher
-from engine.epoch import Training, train_one_epoch
+from engine.epoch import Meter, Training, train_one_epoch
 from engine.evaluate import evaluate, resolve_amp, throughput
-from engine.finite import NonFiniteError, build_scaler
+from engine.finite import NonFiniteError, Step, build_scaler
 from engine.loss import check_loss
 from engine.state import Progress, TrainingState, is_better
 from models import StripMLP, compile_model, prepare_model
@@ -673,6 +673,15 @@ def test_draws_depend_on_seed_epoch_batch_and_rank():
     for other in (draws(epoch=1), draws(world=world(rank=1)), draws(seed=4)):
         for a, b in zip(first, other, strict=True):
             assert not set(a) & set(b)
+
+
+def test_parts_of_the_loss_have_the_same_order_on_all_processes():
+    """Whose sums are added by position: a library may give them in another order where it takes another path."""
+    progress = Progress()
+    meter = Meter(SimpleNamespace(state=SimpleNamespace(progress=progress), world=ALONE))
+    meter.note({"b": torch.tensor(1.0), "a": torch.tensor(2.0)})
+    meter.add(Step(0, 0.1, [torch.tensor(3.0)], torch.tensor(1.0), []))
+    assert progress.parts == ["a", "b"] and progress.losses.tolist() == [3, 1, 2, 1]
 
 
 def test_metrics_and_modes():
