@@ -34,15 +34,6 @@ _KEPT |= {"image_id", "category_id", "bbox", "area", "iscrowd"}
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation")}
 ROBOFLOW = "_annotations.coco.json"
-# Keys that choose among a classification data set's images, and their defaults: none of them is heeded here.
-CLASSIFICATION_ONLY = {
-    "CLASSES": "all",
-    "IMAGES_PER_CLASS": 0,
-    "VAL_FRACTION": 0.0,
-    "FOLDS": 0,
-    "SAMPLER": "uniform",
-    "ZIP_MODE": False,
-}
 
 
 class CocoSource(FileSource):
@@ -323,8 +314,9 @@ class CocoSource(FileSource):
         self._areas = np.where(area[order] > 0, area[order], sides.prod(axis=1)).astype(np.float32)
         per_image = np.bincount(image[order].astype(int), minlength=len(self))
         self._starts = np.concatenate([[0], np.cumsum(per_image)])
-        if not len(order):
-            raise DataError(f"{_show(self.file)}: has no box in its images; accepted: annotations with bbox")
+        if self._crowd.all():  # also if there is none
+            what = "only crowds (iscrowd)" if len(order) else "no box"
+            raise DataError(f"{_show(self.file)}: has {what} in its images; accepted: annotations with bbox")
         if empty := int((per_image == 0).sum()):
             self._note(f"{empty} of {len(self)} images have no box; they are used, as images of nothing")
         if crowds := int(self._crowd.sum()):
@@ -357,9 +349,6 @@ def read_split(config, split: str, categories: Sequence[str] | None = None) -> C
     Raises:
         DataError: see `read_splits`.
     """
-    for key, default in CLASSIFICATION_ONLY.items():
-        if config.DATA[key] != default:
-            raise DataError(f"DATA.{key} is {config.DATA[key]}, which is for classification; here: {default}")
     if not config.DATA.DATA_PATH:
         raise DataError("DATA.DATA_PATH is empty; give --data-path, a folder in COCO's layout")
     root = Path(config.DATA.DATA_PATH)
@@ -510,7 +499,7 @@ def _categories(listed: list, path: Path) -> dict[int, str]:
             raise DataError(f"{where}: has the id {category_id} of another category; accepted: an id for each")
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"{where}: name is {_brief(name)}; accepted: text")
-        names[category_id] = name.strip()
+        names[category_id] = printable(name.strip())  # as checkpoints have it, whose names are looked for here
     return dict(sorted(names.items()))
 
 

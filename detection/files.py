@@ -52,15 +52,16 @@ class Annotations:
         self.path = path
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            images, categories = content["images"], {c["name"]: c["id"] for c in content["categories"]}
+            images = content["images"]
+            categories = {printable(c["name"].strip()): c["id"] for c in content["categories"]}
             self.images = {i["file_name"]: (i["id"], (i["height"], i["width"])) for i in images}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--annotations {path}: cannot be read as COCO's annotations: {error!r}") from error
         missing = [name for name in classes if name not in categories]
         if missing:
             raise UserError(
-                f"--annotations {path}: has no category {printable(missing[0])!r}, which the detector finds; its "
-                f"categories: {', '.join(map(printable, map(str, categories)))}"
+                f"--annotations {path}: has no category {missing[0]!r}, which the detector finds; its "
+                f"categories: {', '.join(categories)}"
             )
         self.category_ids = [categories[name] for name in classes]
 
