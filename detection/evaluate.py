@@ -19,7 +19,7 @@ from detection.dataset import DetectionBatch, build_eval_loader, to_original
 from detection.metrics import CocoAP
 from detection.models import build_detector
 from engine.control import Control
-from engine.evaluate import autocast, each_batch, find_checkpoint, precision_name, resolve_amp
+from engine.evaluate import autocast, each_batch, find_checkpoint, precision_name, predict, resolve_amp
 from logger import ALL_RANKS, create_logger
 from models import prepare_model
 from runtime.checkpoint import load_weights, named_classes, read_checkpoint
@@ -113,7 +113,7 @@ class Finder:
     """
 
     def __init__(self, config, model: nn.Module, loader: DataLoader, world: World):
-        self.model, self.source, self.world = model, loader.dataset.source, world
+        self.config, self.model, self.source, self.world = config, model, loader.dataset.source, world
         self.amp, self.normalize = resolve_amp(config, world.device), build_normalize(config, world.device)
         self.found: dict[int, Objects] = {}
         self.shown: Shown | None = None
@@ -122,7 +122,7 @@ class Finder:
         """Finds the objects of a batch."""
         images = self.normalize(batch.image.to(self.world.device, non_blocking=True))
         with autocast(self.world.device, self.amp):
-            found = self.model(images)
+            found = predict(self.config, self.model, images)
         found = [finite({name: value.cpu() for name, value in objects.items()}) for objects in found]
         for index, readable, target, objects in zip(
             batch.index.tolist(), batch.readable.tolist(), batch.target, found, strict=True

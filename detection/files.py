@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.decoding import Decoder
 from data.sources import read_file
 from detection.evaluate import Objects
+from detection.metrics import result_entry
 from detection.trained import Preparation, Prepared, TrainedDetector
 from runtime.signals import ignore_signals
 from utils import UserError, printable, writing_to
@@ -143,14 +144,8 @@ def as_rows(found: Found) -> list[tuple]:
 def as_coco(found: Found, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Entries of COCO's results, with the name of the file beside its number."""
     return [
-        {
-            "image_id": image_id,
-            "file_name": found.path,
-            "category_id": category_ids[label],
-            "bbox": [round(x, 3) for x in (left, top, right - left, bottom - top)],
-            "score": round(score, 6),
-        }
-        for _, label, score, (left, top, right, bottom) in found.objects
+        {**result_entry(image_id, category_ids[label], box, score), "file_name": found.path}
+        for _, label, score, box in found.objects
     ]
 
 

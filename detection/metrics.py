@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from detection.coco import CocoSource
-from runtime.distributed import World, from_all
 from utils import UserError
 
 MOST_DETECTIONS = 100  # of an image and class, that count: COCO's
@@ -46,11 +45,6 @@ class CocoAP:
         """
         for image_id, prediction in zip(image_ids, predictions, strict=True):
             self.found[self._positions[int(image_id)]] = _rows(prediction)
-
-    def gather(self, world: World) -> None:
-        """Takes the predictions of all processes. All have to call it."""
-        for found in from_all(self.found, world):
-            self.found.update(found)
 
     def compute(self) -> dict[str, Any]:
         """AP, the mean over IoU thresholds from 0.5 to 0.95 and over classes; AP50 and AP75, at one threshold; and
@@ -141,15 +135,21 @@ def to_results(
     bbox [left, top, width, height] in pixels of the original, score. Ready for `json.dump`; to be written to one file.
     """
     return [
-        {
-            "image_id": int(image_id),
-            "category_id": source.category_ids[int(label)],
-            "bbox": [round(number, 3) for number in (left, top, right - left, bottom - top)],
-            "score": round(score, 6),
-        }
+        result_entry(int(image_id), source.category_ids[int(label)], box, score)
         for image_id, prediction in zip(image_ids, predictions, strict=True)
-        for left, top, right, bottom, score, label in _rows(prediction).tolist()
+        for *box, score, label in _rows(prediction).tolist()
     ]
+
+
+def result_entry(image_id: int, category_id: int, box: Sequence[float], score: float) -> dict[str, Any]:
+    """An entry of COCO's results.
+
+    Args:
+        box: left, top, right, bottom.
+    """
+    left, top, right, bottom = box
+    bbox = [round(number, 3) for number in (left, top, right - left, bottom - top)]
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": round(score, 6)}
 
 
 def _rows(prediction: Prediction) -> np.ndarray:

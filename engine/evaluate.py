@@ -223,9 +223,9 @@ class Score:
         self.predicted[index] = best[:, 0].int().masked_fill(~good, -1)
 
 
-def predict(config, model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, classes). For a compiled model, a last batch that is smaller than the others is filled up with zeros:
-    it would be compiled again for another size."""
+def predict(config, model: nn.Module, images: Tensor) -> Any:
+    """What the model gives for each of the images: logits (N, classes), or a list. For a compiled model, a last batch
+    that is smaller than the others is filled up with zeros: it would be compiled again for another size."""
     missing = config.DATA.BATCH_SIZE - len(images)
     if not config.TRAIN.COMPILE or missing <= 0:
         return model(images)
