@@ -52,8 +52,8 @@ def find_start(config, folder: RunFolder, world: World, logger: Logger, metric: 
     if start.content and metric.name not in start.content["best"]:
         theirs = next(name for name in METRICS if name in start.content["best"])
         raise CheckpointError(
-            f"{start.path}: is of a run that was after {theirs}, not {metric.name}: another task; --pretrained "
-            f"{start.path} with a new --tag starts from its weights"
+            f"{start.path}: is of a run for another task, whose best epoch is by {theirs}; accepted: checkpoints with "
+            f"the best {metric.name}, or none in this folder (another --tag)"
         )
     return start
 

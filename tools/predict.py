@@ -265,10 +265,7 @@ def detect(args: argparse.Namespace, content: Mapping, paths: Sequence[str]) -> 
     if args.draw:
         files.prepare_folder(args.draw)
     if args.coco:
-        try:
-            args.coco.open("a").close()  # what it holds is replaced at the end
-        except OSError as error:
-            raise UserError(f"--coco {args.coco}: cannot be written: {error.strerror}") from error
+        write_coco(args.coco, "", "a")  # what it holds is replaced at the end
     formats = {"text": files.as_text, "json": files.as_json, "csv": lambda found: csv_lines(files.as_rows(found))}
     results: list[dict] = []
     found = files.find(detector, paths, sizes, args.batch_size or 8, args.workers)
@@ -279,7 +276,15 @@ def detect(args: argparse.Namespace, content: Mapping, paths: Sequence[str]) -> 
             files.save_picture(shown, args.draw, detector.decoder, size)
         yield shown, formats[args.format](shown)
     if args.coco:
-        args.coco.write_text(json.dumps(results), encoding="utf-8")
+        write_coco(args.coco, json.dumps(results))
+
+
+def write_coco(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"--coco {path}: cannot be written: {error.strerror}") from error
 
 
 HEADERS = {classify: ("file", "rank", "class", "index", "probability"), detect: files.CSV_HEADER}

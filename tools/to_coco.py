@@ -416,6 +416,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         empty = [name for name in ("train", "val") if name not in splits or not splits[name].images]
         raise UserError(f"{_show(args.data)}: no images for {shorten(empty or list(splits))}")
     write(root, names, splits, args.output)
+    if "val" not in splits:
+        print("note: there is no validation split, which main_detect.py needs", file=sys.stderr)
 
 
 if __name__ == "__main__":

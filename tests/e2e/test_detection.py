@@ -173,7 +173,7 @@ def test_a_detector_starts_from_a_classifier_and_from_a_detector(detect, monkeyp
     torch.testing.assert_close(after[own], before[name])
 
     done, _ = detect("--resume", classifier, tag="b")
-    assert done.status == 1 and "is of a run that was after top1, not AP" in done.err
+    assert done.status == 1 and "is of a run for another task, whose best epoch is by top1" in done.err
     done, _ = detect("--pretrained", folder / "last.pth", tag="b", opts=("TRAIN.EPOCHS", 1))
     assert done.status == 0 and f"pretrained weights from {folder}/last.pth" in done.out
 

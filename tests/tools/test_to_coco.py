@@ -83,6 +83,13 @@ def test_yolo_in_images_and_labels_with_links_in_another_folder(monkeypatch, cap
     assert (again.status, "data.yaml: cannot be read" in again.err) == (2, True)
 
 
+def test_a_missing_validation_split_is_said(monkeypatch, capsys, tmp_path):
+    root = yolo(tmp_path)
+    write(root / "data.yaml", "train: train/images\nnames: [cat, no, dog]\n")
+    result = run_tool(monkeypatch, capsys, to_coco, "yolo", root)
+    assert result.status == 0 and "there is no validation split, which main_detect.py needs" in result.err
+
+
 def voc_object(name, *corners, difficult=0):
     sides = "".join(f"<{n}>{v}</{n}>" for n, v in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True))
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
