@@ -26,13 +26,14 @@ class CocoAP:
     Images without predictions count: their objects are missed. Predictions that are not finite are left out.
 
     Attributes:
-        found: the predictions so far, by the positions of images: (n, 6) float64, left, top, right, bottom, score,
-            label.
+        found: the predictions so far, by image id: (n, 6) float64, left, top, right, bottom, score, label.
     """
 
     def __init__(self, source: CocoSource):
         self.source = source
-        self._positions = {source.image_id(i): i for i in range(len(source))}
+        # COCO's order, which decides between equal scores. In bfloat16 there are many.
+        self._order = sorted(range(len(source)), key=source.image_id)
+        self._ids = {source.image_id(i) for i in self._order}
         self.found: dict[int, np.ndarray] = {}
 
     def add(self, image_ids: Iterable[int], predictions: Iterable[Prediction]) -> None:
@@ -44,7 +45,9 @@ class CocoAP:
             KeyError: an image id that the source does not have.
         """
         for image_id, prediction in zip(image_ids, predictions, strict=True):
-            self.found[self._positions[int(image_id)]] = _rows(prediction)
+            if int(image_id) not in self._ids:
+                raise KeyError(image_id)
+            self.found[int(image_id)] = _rows(prediction)
 
     def compute(self) -> dict[str, Any]:
         """AP, the mean over IoU thresholds from 0.5 to 0.95 and over classes; AP50 and AP75, at one threshold; and
@@ -63,22 +66,22 @@ class CocoAP:
         return {**result, "per_class": dict(zip(self.source.classes, per_class, strict=True))}
 
     def _datasets(self) -> tuple[dict[str, list], dict[str, list]]:
-        """The truth and what was found, in COCO's layout, with positions as the ids of images and labels as those of
-        categories."""
+        """The truth and what was found, in COCO's layout, with labels as the ids of categories."""
         source = self.source
-        truth, found = ([], [])
-        for index in range(len(source)):
+        truth, found, images = [], [], []
+        nothing = np.empty((0, 6))
+        for index in self._order:
+            image_id, (height, width) = source.image_id(index), source.size(index)
+            images.append({"id": image_id, "height": height, "width": width})
             columns = (source.boxes(index), source.labels(index), source.areas(index), source.crowd(index))
             for box, label, area, crowd in zip(*(column.tolist() for column in columns), strict=True):
-                entry = _entry(index, box, label)
+                entry = _entry(image_id, box, label)
+                # Numbered from 1: pycocotools takes a match with number 0 for no match.
                 truth.append({**entry, "area": area, "iscrowd": int(crowd), "id": len(truth) + 1})
-        # Numbered from 1: pycocotools takes a match with number 0 for no match.
-        for index, rows in sorted(self.found.items()):
-            for *box, score, label in rows.tolist():
-                entry = _entry(index, box, int(label))
+            for *box, score, label in self.found.get(image_id, nothing).tolist():
+                entry = _entry(image_id, box, int(label))
                 area = entry["bbox"][2] * entry["bbox"][3]
                 found.append({**entry, "score": score, "area": area, "iscrowd": 0, "id": len(found) + 1})
-        images = [dict(zip(("id", "height", "width"), (i, *source.size(i)), strict=True)) for i in range(len(source))]
         categories = [{"id": label, "name": name} for label, name in enumerate(source.classes)]
         shared = {"images": images, "categories": categories}
         return {**shared, "annotations": truth}, {**shared, "annotations": found}
@@ -159,9 +162,9 @@ def _rows(prediction: Prediction) -> np.ndarray:
     return rows[np.isfinite(rows).all(axis=1)]
 
 
-def _entry(index: int, box: Sequence[float], label: int) -> dict[str, Any]:
+def _entry(image_id: int, box: Sequence[float], label: int) -> dict[str, Any]:
     left, top, right, bottom = box
-    return {"image_id": index, "category_id": label, "bbox": [left, top, right - left, bottom - top]}
+    return {"image_id": image_id, "category_id": label, "bbox": [left, top, right - left, bottom - top]}
 
 
 def _mean(precision: np.ndarray) -> float:

@@ -209,6 +209,19 @@ def test_average_precision(source):
     assert result["per_class"]["one"] == 1
 
 
+def test_equal_scores_come_in_the_order_of_image_ids(tmp_path):
+    """As in COCO's own evaluation of files, whatever the order in the file: here, the wrong one first."""
+    pytest.importorskip("pycocotools")
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "2.png")
+    images = [{"id": number, "file_name": f"{number}.png", "width": 32, "height": 32} for number in (2, 1)]
+    content = {"images": images, "annotations": [{"image_id": 2, "category_id": 1, "bbox": [4, 4, 8, 8]}]}
+    (tmp_path / "a.json").write_text(json.dumps({**content, "categories": [{"id": 1, "name": "one"}]}))
+    ap = CocoAP(CocoSource(tmp_path, tmp_path / "a.json"))
+    ap.add([2, 1], [found((4, 4, 12, 12, 0.5, 0))] * 2)
+    assert ap.compute()["AP"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("kind", ["crowds", "equal scores"])
 def test_both_libraries_agree(kind):
     pytest.importorskip("pycocotools")
