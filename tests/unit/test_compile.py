@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import models  # noqa: F401  (registers the variants)
-from models.compile import compile_model, repeated_blocks
+from models.compile import allow_graphs, compile_model, repeated_blocks
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,13 @@ def test_unit():
     assert compiled(model(4, 4, 8), "blocks") == ["1.0", "1.1", "1.2"]
     assert compiled(model(4, 4, 8), "model") == [""]
     assert compiled(model(4, 8), "blocks") == [""]
+
+
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
+def test_graphs_of_a_function(name, monkeypatch):
+    """Under the name that this version of PyTorch has for their number."""
+    config = SimpleNamespace(**{name: 8})
+    monkeypatch.setattr(torch._dynamo, "config", config)
+    allow_graphs(20)
+    allow_graphs(10)
+    assert vars(config) == {name: 20}
