@@ -75,7 +75,7 @@ class Detection(Task):
             loaded = load_weights(model, content, path, new_classifier=True, ema=ema, classes=self.classes)
             notes = [f"pretrained weights from {path}: {loaded.taken}"]
             if loaded.fresh:
-                notes.append("it is a detector of other classes: all but the backbone starts anew")
+                notes.append("it has other classes, or another head: all but the backbone starts anew")
         else:
             notes = load_backbone(model, path, self.config, ema)
         for note in notes:
