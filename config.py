@@ -246,7 +246,7 @@ key("DETECTION.HEAD.EXTRA_LEVELS", 0, (lambda value: value in (0, 1, 2), "0, 1 o
 # RetinaNet and Faster R-CNN only: the smallest anchor of a map, as a multiple of its stride; how many sizes there are
 # from it to twice that; and ratios of height to width. RetinaNet: 4, 3; Faster R-CNN: 8, 1
 key("DETECTION.HEAD.ANCHOR_SCALE", 4.0, POSITIVE)
-key("DETECTION.HEAD.ANCHORS_PER_OCTAVE", 3, at_least(1))
+key("DETECTION.HEAD.ANCHORS_PER_OCTAVE", 3, within(1, 100))
 key(
     "DETECTION.HEAD.ASPECT_RATIOS",
     [0.5, 1.0, 2.0],
@@ -259,8 +259,8 @@ key("DETECTION.HEAD.ROI_SCALE", 224, at_least(1))
 # DETRs only: queries, which is the largest number of objects in an image; layers (Deformable DETR: 6 and 6, RT-DETR and
 # D-FINE: 1 and 6), heads, hidden channels of their MLPs, dropout
 key("DETECTION.HEAD.QUERIES", 300, at_least(1))
-key("DETECTION.HEAD.ENCODER_LAYERS", 1, at_least(1))
-key("DETECTION.HEAD.DECODER_LAYERS", 6, at_least(1))
+key("DETECTION.HEAD.ENCODER_LAYERS", 1, within(1, 100))
+key("DETECTION.HEAD.DECODER_LAYERS", 6, within(1, 100))
 key("DETECTION.HEAD.ATTENTION_HEADS", 8, at_least(1))
 key("DETECTION.HEAD.HIDDEN_CHANNELS", 1024, at_least(1))
 key("DETECTION.HEAD.DROPOUT", 0.0, LESS_THAN_1)
@@ -421,8 +421,8 @@ key(
     "DETECTION.SIZES",
     [0],
     (
-        lambda value: value in ([], [0]) or (len(value) % 2 == 0 and min(value) >= 1),
-        "[height, width, height, width, ...], each 1 or more, or [0] for DATA.IMG_SIZE",
+        lambda value: value in ([], [0]) or (len(value) % 2 == 0 and min(value) >= 1 and len(value) <= 40),
+        "[height, width, height, width, ...], each 1 or more, at most 20 sizes, or [0] for DATA.IMG_SIZE",
     ),
 )
 # How: resize: to exactly that size; pad: the aspect ratio is kept, and the rest is filled with ImageNet's mean
