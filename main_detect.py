@@ -25,9 +25,11 @@ def parse_args() -> argparse.Namespace:
     )
     add_arguments(parser)
     parser.add_argument("--eval", action="store_true", help="evaluate only")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="with --eval: write the results there too")
     parser.add_argument(
-        "--detections", metavar="FILE", type=Path, help="with --eval: write what is found there, as COCO results JSON"
+        "--json", metavar="FILE", type=Path, help="with --eval: write the results there, over what it holds"
+    )
+    parser.add_argument(
+        "--detections", metavar="FILE", type=Path, help="with --eval: likewise what is found, as COCO results JSON"
     )
     args = parser.parse_args()
     if (args.json or args.detections) and not args.eval:

@@ -52,7 +52,7 @@ class Annotations:
     def __init__(self, path: Path, classes: Sequence[str]):
         self.path = path
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             images = content["images"]
             categories = {printable(c["name"].strip()): c["id"] for c in content["categories"]}
             self.images = {i["file_name"]: (i["id"], (i["height"], i["width"])) for i in images}
