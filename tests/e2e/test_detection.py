@@ -22,22 +22,24 @@ COLORS = {"red thing": (255, 0, 0), "green thing": (0, 255, 0)}
 
 
 def write_coco_folder(root: Path, train: int, val: int, size: int = 64) -> Path:
-    """Rectangles of two colours, one to three in an image, all but the first of each split."""
+    """Rectangles of two colours, one to three in an image, all but the first of each split. Every other image is wider
+    than high."""
     for seed, (split, count) in enumerate((("train", train), ("val", val))):
         draw, images, annotations = np.random.default_rng(seed), [], []
         (root / split).mkdir(parents=True)
         (root / "annotations").mkdir(exist_ok=True)
         for number in range(count):
-            pixels = draw.integers(0, 40, (size, size, 3), dtype=np.uint8)
+            wide = size + size // 2 * (number % 2)
+            pixels = draw.integers(0, 40, (size, wide, 3), dtype=np.uint8)
             for _ in range(draw.integers(1, 4) if number else 0):
                 label, (width, height) = int(draw.integers(2)), draw.integers(12, 40, 2).tolist()
-                left, top = (int(draw.integers(size - side)) for side in (width, height))
+                left, top = (int(draw.integers(side)) for side in (wide - width, size - height))
                 pixels[top : top + height, left : left + width] = [*COLORS.values()][label]
                 box = {"bbox": [left, top, width, height], "area": width * height, "iscrowd": 0}
                 about = {"id": len(annotations) + 1, "image_id": 10 + number, "category_id": 3 * label + 1}
                 annotations.append({**about, **box})
             Image.fromarray(pixels).save(root / split / f"{number}.png")
-            images.append({"id": 10 + number, "file_name": f"{number}.png", "width": size, "height": size})
+            images.append({"id": 10 + number, "file_name": f"{number}.png", "width": wide, "height": size})
         categories = [{"id": 3 * label + 1, "name": name} for label, name in enumerate(COLORS)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / f"annotations/instances_{split}.json").write_text(json.dumps(content))
@@ -90,6 +92,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return found
 
 
+SIZES = ("DETECTION.SIZES", "[64, 64, 64, 96]")
 EXACT = ("TRAIN.EMA_DECAY", 0.9, "TRAIN.ACCUMULATION_STEPS", 2, "DATA.BATCH_SIZE", 2)
 
 
@@ -129,7 +132,8 @@ def test_a_run_and_its_evaluation(detect, tmp_path):
 
 
 def test_an_interrupted_run_ends_as_an_undisturbed_one(detect, monkeypatch):
-    opts = (*EXACT, "DETECTION.FLIP", 0.5, "DETECTION.MOSAIC", 0.5)
+    """With images of two sizes, of which each step trains the weights of one."""
+    opts = (*EXACT, *SIZES, "DETECTION.FLIP", 0.5, "DETECTION.MOSAIC", 0.5)
     detect(tag="whole", opts=opts)
     seeded = epoch.seed_all
 
@@ -151,10 +155,11 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(detect, monkeypatch):
 def test_two_processes(data, tmp_path):
     """Each image is trained by one and evaluated by one; they end with the same weights."""
     command = ("main_detect.py", "--cfg", CONFIG, "--data-path", data, "--output", tmp_path, "--device", "cpu")
-    torchrun(2, *command, "--opts", *SMALL, "DATA.BATCH_SIZE", 2)
+    opts = ("--opts", *SMALL, *SIZES, "DATA.BATCH_SIZE", 2)
+    torchrun(2, *command, *opts)
     (first, second) = read_metrics(tmp_path / RUN / "default")
     assert first["processes"] == 2 and second["images"] == 5
-    torchrun(2, *command, "--eval", "--json", tmp_path / "two.json", "--opts", *SMALL, "DATA.BATCH_SIZE", 2)
+    torchrun(2, *command, "--eval", "--json", tmp_path / "two.json", *opts)
     result = json.loads((tmp_path / "two.json").read_text())
     assert result["AP"] == max(first["AP"], second["AP"])
 
