@@ -439,7 +439,7 @@ key(
 key("DETECTION.CROP", 0.0, within(0, 1))
 # Probability of a change of brightness, contrast, saturation and hue, in half of the cases with the colour channels in
 # another order (SSD's as well); 0 where classes differ by their colour
-key("DETECTION.PHOTOMETRIC", 0.5, within(0, 1))
+key("DETECTION.PHOTOMETRIC", 0.0, within(0, 1))
 # Probability that an image is put together from four, it and three others (Bochkovskiy et al., 2020, YOLOv4)
 key("DETECTION.MOSAIC", 0.0, within(0, 1))
 
