@@ -272,11 +272,12 @@ def test_against_no_revision(monkeypatch, capsys, tmp_path):
 def test_disturbances_are_said(monkeypatch):
     assert Quartiles.of([1.0, 1.0, 1.05, 1.0]).remark == ""
     assert Quartiles.of([1.0, 2.0, 1.0, 2.0]).remark == "unsteady: quartiles 67 % apart"
-    # Two processors for 10 seconds, busy for 15 seconds in all: 4 by this process, 5 by its child.
+    # Two processors for 10 seconds, busy for 15 seconds in all: 4 by this process, 3 by a child that has ended, 2 by
+    # another.
     cpu = SimpleNamespace(user=0.0, system=0.0, idle=0.0)
-    own, child = SimpleNamespace(user=0.0, system=0.0), SimpleNamespace(user=0.0, system=0.0)
+    own, child = SimpleNamespace(user=0.0, system=0.0, ended=0.0), SimpleNamespace(user=0.0, system=0.0)
     process = SimpleNamespace(
-        cpu_times=lambda: (own.user, own.system),
+        cpu_times=lambda: (own.user, own.system, own.ended, 0.0),
         children=lambda recursive: [SimpleNamespace(cpu_times=lambda: (child.user, child.system))],
     )
 
@@ -287,7 +288,7 @@ def test_disturbances_are_said(monkeypatch):
     monkeypatch.setattr(timing.psutil, "Process", lambda: process)
     load = OtherLoad()
     cpu.user, cpu.system, cpu.idle = 12.0, 3.0, 5.0
-    own.user, own.system, child.user = 3.0, 1.0, 5.0
+    own.user, own.system, own.ended, child.user = 3.0, 1.0, 3.0, 2.0
     assert load.look() == pytest.approx((15 - 9) / 20)
     cpu.user += 1
     own.user += 2  # clocks that do not agree

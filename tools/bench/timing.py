@@ -75,7 +75,7 @@ class OtherLoad:
         this = psutil.Process()
         for process in (this, *this.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
-                own += sum(process.cpu_times()[:2])
+                own += sum(process.cpu_times()[:4])  # user, system, and both of children that have ended
         # A guest's time is part of "user" too.
         total = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
         return total, total - times.idle - getattr(times, "iowait", 0.0), own
