@@ -34,16 +34,18 @@ def fold_fusion(outer: PointwiseConv, inner: PointwiseConv) -> PointwiseConv:
 
 
 def fold_rows(cgsmm: CGSMM, fuse: PointwiseConv, nothing: Tensor) -> nn.Parameter:
-    """What `fuse` gives for a u of zeros, (1, C', H, W): the position table and the biases of the rows and of `fuse`,
+    """What `fuse` gives for a u of zeros, (C', H, W): the position table and the biases of the rows and of `fuse`,
     which every image gets alike."""
     rows = cgsmm.strip_h(cgsmm.pos_h(nothing))
-    return nn.Parameter(fuse(torch.cat([rows, nothing], dim=1)))
+    # Without an axis for images: of a single image, inductor would write the sum into a frozen (1, C', H, W)
+    # (findings/inductor_writes_into_frozen_weights.sh).
+    return nn.Parameter(fuse(torch.cat([rows, nothing], dim=1))[0])
 
 
 def fold_columns(cgsmm: CGSMM, fuse_all: PointwiseConv, nothing: Tensor) -> nn.Parameter:
-    """The same of the columns, after the block's fusion: (1, C, H, W)."""
+    """The same of the columns, after the block's fusion: (C, H, W)."""
     columns = cgsmm.strip_w(cgsmm.pos_w(nothing))
-    return nn.Parameter(fuse_all(torch.cat([nothing, columns, nothing], dim=1)))
+    return nn.Parameter(fuse_all(torch.cat([nothing, columns, nothing], dim=1))[0])
 
 
 class FoldedStripMixing(MapSized):

@@ -740,6 +740,23 @@ def test_reparameterize_copy(toy):
     torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+@torch.inference_mode()
+def test_reparameterized_with_frozen_weights():
+    """Compiled with its weights for constants, for a single image: none of them changes from call to call."""
+    torch.manual_seed(0)
+    model = StripMLP(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_classes=3).reparameterize()
+    mixing = model.stages[0][0].token_mixing
+    x = torch.randn(1, 8, 8, 8).contiguous(memory_format=torch.channels_last)
+    expected = mixing(x)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(mixing, dynamic=False)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
 def test_grad_checkpointing(toy, drop_path_rate):
     """Recomputing the activations changes nothing, the running statistics of the BatchNorms included."""
