@@ -133,14 +133,7 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
             Part("resume", drill, checks),
         ],
         *(
-            [
-                bench(
-                    f"compile_{task_name}_{name}",
-                    checks,
-                    [name, *(f"{name}:{mode}" for mode in ("compile_blocks", "compile"))],
-                    *task(task_name),
-                )
-            ]
+            [bench(f"compile_{task_name}_{name}", checks, [name, f"{name}:compile_blocks"], *task(task_name))]
             for name in compiled[:1]
             for task_name in ("training", "inference")
         ),
@@ -148,9 +141,14 @@ def stages(device: str, tiny: bool) -> list[list[Part]]:
         [bench("literal_inference", 45, [main, f"literal:{main}"], *task("inference"), "--rounds", "3")],
         [bench("float16_training", 40, [main], *task("training"), dtype="float16")],
         *(
-            [bench(f"compile_{task_name}_{name}", 90, [name, f"{name}:compile"], *task(task_name))]
+            [bench(f"compile_{task_name}_{name}", 90, [name, f"{name}:compile_blocks"], *task(task_name))]
             for name in compiled[1:]
             for task_name in ("training", "inference")
+        ),
+        *(
+            [bench(f"compile_whole_{task_name}_{main}", checks, [main, f"{main}:compile"], *task(task_name))]
+            for task_name in ("training", "inference")
+            if not tiny
         ),
     ]
 

@@ -311,7 +311,7 @@ def test_starts_from_a_classifier(tmp_path, model):
             assert torch.allclose(value, expected[name], atol=1e-4), (size, name)
         if model != "small_resnet":
             classifier.set_input_size(32)
-            classifier.load_state_dict(torch.load(path)["model"])
+            classifier.load_state_dict(torch.load(path, weights_only=True)["model"])
 
 
 def test_a_checkpoint_of_another_model_does_not_start_it(tmp_path):

@@ -182,7 +182,9 @@ def reparameterize(model: nn.Module, name: str) -> nn.Module:
         ValueError: it has no such method.
     """
     if not hasattr(model, "reparameterize"):
-        raise ValueError(f"{name} has no reparameterize(), so that its mode must be one of: eager, compile")
+        raise ValueError(
+            f"{name} has no reparameterize(), so that its mode must be one of: eager, compile, compile_blocks"
+        )
     return model.eval().reparameterize() or model
 
 
@@ -195,7 +197,9 @@ def set_checkpointing(model: nn.Module, name: str) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:  # timm's way of saying so
-        raise ValueError(f"{name} has no activation checkpointing; accepted modes: eager, compile") from error
+        raise ValueError(
+            f"{name} has no activation checkpointing; accepted modes: eager, compile, compile_blocks"
+        ) from error
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
