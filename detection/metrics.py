@@ -31,9 +31,7 @@ class CocoAP:
 
     def __init__(self, source: CocoSource):
         self.source = source
-        # COCO's order, which decides between equal scores. In bfloat16 there are many.
-        self._order = sorted(range(len(source)), key=source.image_id)
-        self._ids = {source.image_id(i) for i in self._order}
+        self._ids = {source.image_id(i) for i in range(len(source))}
         self.found: dict[int, np.ndarray] = {}
 
     def add(self, image_ids: Iterable[int], predictions: Iterable[Prediction]) -> None:
@@ -66,11 +64,12 @@ class CocoAP:
         return {**result, "per_class": dict(zip(self.source.classes, per_class, strict=True))}
 
     def _datasets(self) -> tuple[dict[str, list], dict[str, list]]:
-        """The truth and what was found, in COCO's layout, with labels as the ids of categories."""
+        """The truth and what was found, in COCO's layout, with labels as the ids of categories. The ids of images are
+        the file's: their order decides between equal scores, of which bfloat16 has many."""
         source = self.source
         truth, found, images = [], [], []
         nothing = np.empty((0, 6))
-        for index in self._order:
+        for index in range(len(source)):
             image_id, (height, width) = source.image_id(index), source.size(index)
             images.append({"id": image_id, "height": height, "width": width})
             columns = (source.boxes(index), source.labels(index), source.areas(index), source.crowd(index))

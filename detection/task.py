@@ -46,7 +46,10 @@ def check_detection(config) -> None:
         if value != accepted:
             raise ConfigError(f"{key} is {value}, which is for classification; accepted for detection: {accepted}")
     if config.TRAIN.COMPILE and len(sizes := detection_sizes(config)) > 1:
-        raise ConfigError(f"TRAIN.COMPILE is True, which is for images of one size; DETECTION.SIZES has {len(sizes)}")
+        raise ConfigError(
+            f"TRAIN.COMPILE is True, which is for images of one size, but DETECTION.SIZES has {len(sizes)}; accepted: "
+            "False"
+        )
     watched = {"TRAIN.PATIENCE_METRIC": config.TRAIN.PATIENCE, "TRAIN.LR_SCHEDULER.METRIC": True}
     for key, is_used in watched.items():
         if is_used and find(config, key.split(".")) == "val_loss":

@@ -188,6 +188,7 @@ def test_a_detector_starts_from_a_classifier_and_from_a_detector(detect, monkeyp
     [
         (("DATA.VAL_FRACTION", 0.1), "DATA.VAL_FRACTION is 0.1, which is for classification"),
         (("TRAIN.PATIENCE", 3, "TRAIN.PATIENCE_METRIC", "val_loss"), "val_loss, which detection does not have"),
+        (("TRAIN.COMPILE", True, *SIZES), "for images of one size, but DETECTION.SIZES has 2; accepted: False"),
         (("DATA.BATCH_SIZE", 10), "DATA.BATCH_SIZE is 10, but the training data has 9 images"),
     ],
 )
